@@ -1,0 +1,1 @@
+"""Trust-region reinforcement learning of language models, native to JAX and TPUs."""

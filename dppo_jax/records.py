@@ -1,0 +1,125 @@
+"""The nouns of one training step, each a frozen pytree; every field with shape, dtype and mask.
+
+Axes: P prompts, G samples a prompt, B = P*G sequences, L prompt columns, T response columns,
+K stored top-K slots. Log-probabilities are natural, float32, of the distribution that was sampled
+from (temperature applied), and say whose they are: ``logp_rollout`` (the sampler's, mu),
+``logp_old`` (the trainer's recomputation before the update), ``logp`` (current, differentiable),
+``logp_ref`` (a frozen reference).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+FINISH_LENGTH = 0  # the token budget ran out
+FINISH_STOP = 1  # the policy sampled an end token, which is part of the response
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts, left-padded so that every response starts at the same column."""
+
+    tokens: Int[Array, "P L"]  # pad columns hold any id; only `mask` says which are real
+    mask: Bool[Array, "P L"]  # True at prompt tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rollout:
+    """What the sampler returns. Row b = p*G + g is sample g of prompt p."""
+
+    prompt_tokens: Int[Array, "B L"]
+    prompt_mask: Bool[Array, "B L"]
+    response_tokens: Int[Array, "B T"]
+    response_mask: Bool[Array, "B T"]  # True at sampled tokens, the end token included
+    logp_rollout: Float[Array, "B T"]  # of the sampled token; 0 outside response_mask
+    topk_ids: Int[Array, "B T K"]  # the sampler's K most likely ids, most likely first
+    topk_logp_rollout: Float[Array, "B T K"]  # their log-probabilities; 0 outside response_mask
+    entropy_rollout: Float[Array, "B T"]  # nats; 0 outside response_mask
+    finish_reason: Int[Array, " B"]  # FINISH_LENGTH or FINISH_STOP
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """A rollout with what the objective needs beside the current policy."""
+
+    rollout: Rollout
+    advantages: Float[Array, "B T"]  # the sequence's advantage at each of its tokens
+    logp_old: Float[Array, "B T"] | None = None  # only where an objective's anchor needs it
+    topk_logp_old: Float[Array, "B T K"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenStats:
+    """The scored policy at each response token; values outside response_mask mean nothing."""
+
+    logp: Float[Array, "B T"]  # of the sampled token
+    topk_logp: Float[Array, "B T K"]  # of Rollout.topk_ids
+    entropy: Float[Array, "B T"]  # nats
+
+
+class Mean(NamedTuple):
+    """A metric that leaves a step unreduced: sums and counts add over microbatches and hosts."""
+
+    sum: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+class Max(NamedTuple):
+    """A metric that combines by maximum."""
+
+    value: Float[Array, ""]
+
+
+Metric = Mean | Max
+Metrics = dict[str, Metric]
+
+
+def merge_metrics(left: Metrics, right: Metrics) -> Metrics:
+    """Combines two sets of unreduced metrics; a name in one only is kept."""
+    merged = dict(left) | dict(right)
+    for name in left.keys() & right.keys():
+        a, b = left[name], right[name]
+        if isinstance(a, Mean) and isinstance(b, Mean):
+            merged[name] = Mean(a.sum + b.sum, a.count + b.count)
+        elif isinstance(a, Max) and isinstance(b, Max):
+            merged[name] = Max(jnp.maximum(a.value, b.value))
+        else:
+            raise TypeError(f"metric {name!r} is a {type(a).__name__} and a {type(b).__name__}")
+    return merged
+
+
+class LossSum(NamedTuple):
+    """An objective's result before division: loss = loss_sum / weight_sum.
+
+    Both add over microbatches and hosts, so accumulation is exact. `weight_sum` does not depend on
+    the parameters.
+    """
+
+    loss_sum: Float[Array, ""]
+    weight_sum: Float[Array, ""]
+    metrics: Metrics
+
+
+class Objective(NamedTuple):
+    """A pure loss and what the training loop must provide for it."""
+
+    loss: Callable[[TokenStats, Batch], LossSum]
+    needs_logp_old: bool = False  # Batch.logp_old and Batch.topk_logp_old
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a gradient step changes."""
+
+    params: Any  # pytree of float32 arrays
+    opt_state: Any
+    step: Int[Array, ""]  # gradient steps taken
