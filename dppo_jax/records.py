@@ -68,32 +68,29 @@ class TokenStats:
 class Mean(NamedTuple):
     """A metric that leaves a step unreduced: sums and counts add over microbatches and hosts."""
 
-    sum: Float[Array, ""]
-    count: Float[Array, ""]
+    sum: Float[Array, "*stacked"]
+    count: Float[Array, "*stacked"]
 
 
 class Max(NamedTuple):
     """A metric that combines by maximum."""
 
-    value: Float[Array, ""]
+    value: Float[Array, "*stacked"]
 
 
 Metric = Mean | Max
 Metrics = dict[str, Metric]
 
 
-def merge_metrics(left: Metrics, right: Metrics) -> Metrics:
-    """Combines two sets of unreduced metrics; a name in one only is kept."""
-    merged = dict(left) | dict(right)
-    for name in left.keys() & right.keys():
-        a, b = left[name], right[name]
-        if isinstance(a, Mean) and isinstance(b, Mean):
-            merged[name] = Mean(a.sum + b.sum, a.count + b.count)
-        elif isinstance(a, Max) and isinstance(b, Max):
-            merged[name] = Max(jnp.maximum(a.value, b.value))
-        else:
-            raise TypeError(f"metric {name!r} is a {type(a).__name__} and a {type(b).__name__}")
-    return merged
+def fold_metrics(stacked: Metrics) -> Metrics:
+    """Combines metrics stacked along a leading axis, one entry a microbatch."""
+
+    def fold(metric: Metric) -> Metric:
+        if isinstance(metric, Max):
+            return Max(jnp.max(metric.value))
+        return Mean(jnp.sum(metric.sum), jnp.sum(metric.count))
+
+    return {name: fold(metric) for name, metric in stacked.items()}
 
 
 class LossSum(NamedTuple):
@@ -103,8 +100,8 @@ class LossSum(NamedTuple):
     the parameters.
     """
 
-    loss_sum: Float[Array, ""]
-    weight_sum: Float[Array, ""]
+    loss_sum: Float[Array, "*stacked"]
+    weight_sum: Float[Array, "*stacked"]
     metrics: Metrics
 
 

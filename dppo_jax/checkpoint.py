@@ -1,0 +1,120 @@
+"""Everything that a run needs to go on, by Orbax: parameters, optimizer, keys, data position.
+
+Restart order: a run's own latest checkpoint; else the recipe's initial policy.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dppo_jax.models.decoder import Params
+from dppo_jax.records import TrainState
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, with what to do."""
+
+
+def _tree(state: TrainState, key: jax.Array) -> dict[str, Any]:
+    """The state as nested dicts of arrays, so that other programs can read it."""
+    optimizer = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
+    }
+    return {
+        "params": state.params,
+        "opt_state": optimizer,
+        "step": state.step,
+        "key": jax.random.key_data(key),
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one run directory, numbered by the training steps completed."""
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(epath.Path(directory.absolute()), options=options)
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, key: jax.Array, position: dict[str, Any]) -> None:
+        """Starts writing; a checkpoint appears under its number only when it is whole."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_tree(state, key)),
+                position=ocp.args.JsonSave(position),
+            ),
+        )
+
+    def restore(
+        self, step: int, like: TrainState, key: jax.Array
+    ) -> tuple[TrainState, jax.Array, dict[str, Any]]:
+        """The state saved at `step`, shaped and sharded as `like`, its key and its position."""
+        target = _tree(like, key)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(
+                        jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+                    ),
+                    position=ocp.args.JsonRestore(),
+                ),
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"checkpoint {step} in {self._manager.directory} does not fit this configuration: "
+                f"{_first_line(error)}"
+            ) from error
+        saved = restored.state
+        treedef = jax.tree.structure(like.opt_state)
+        opt_state = jax.tree.unflatten(
+            treedef, [saved["opt_state"][name] for name in target["opt_state"]]
+        )
+        state = TrainState(saved["params"], opt_state, saved["step"])
+        return state, jax.random.wrap_key_data(saved["key"]), restored.position
+
+    def close(self) -> None:
+        """Waits for the last write."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_params(directory: Path, like: Params) -> Params:
+    """The parameters alone of a run's newest checkpoint, in the shapes and shardings of `like`.
+
+    `directory` is a run directory or its `checkpoints` folder.
+    """
+    if (directory / "checkpoints").is_dir():
+        directory = directory / "checkpoints"
+    steps = [int(entry.name) for entry in directory.glob("*") if entry.name.isdigit()]
+    if not steps:
+        raise CheckpointError(f"{directory} holds no checkpoint: give a run directory")
+    path = epath.Path(directory.absolute()) / str(max(steps)) / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        target = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+        try:
+            restored = checkpointer.restore(
+                path,
+                args=ocp.args.PyTreeRestore(
+                    target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                ),
+            )
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} does not fit this model: {_first_line(error)}"
+            ) from error
+    return restored["params"]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,235 @@
+"""The command `dppo`: verbs, exit statuses, and errors of one line.
+
+Exit status 0: done; 1: a run failed; 2: bad usage or bad input. Heavy imports happen inside the
+verbs, so that `--help` answers at once.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one verb and exits."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    overrides = [a for a in given if a.startswith("--gin.")]
+    options = _parser().parse_args([a for a in given if not a.startswith("--gin.")])
+    options.overrides = overrides
+    # Libraries below warn about what a user cannot change; our own words go through Console.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        options.verb(options)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command resumes from the last checkpoint", EXIT_FAILED)
+    except Exception as error:
+        if options.debug:
+            raise
+        # Bad input is a ValueError or a missing file wherever it is found; the rest is a failure.
+        bad_input = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError)
+        message = " ".join(str(error).split()) or type(error).__name__
+        if not bad_input:
+            message = f"{type(error).__name__}: {message} (--debug shows where)"
+        _fail(message, EXIT_BAD_INPUT if bad_input else EXIT_FAILED)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"dppo: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="dppo", description="Trust-region reinforcement learning of language models in JAX."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(parent: Any, name: str, run: Callable, summary: str, example: str):
+        sub = parent.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            parents=[common],
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(verb=run)
+        return sub
+
+    gin = "any --gin.NAME=VALUE overrides the recipe"
+    train = verb(
+        verbs,
+        "train",
+        _train,
+        f"Train as a recipe says; {gin}. Resumes by itself where the run directory holds a run.",
+        "dppo train configs/recipes/arithmetic_cpu.gin --gin.STEPS=20",
+    )
+    train.add_argument("recipe", help="a .gin file")
+    train.add_argument("--workdir", help="run directory (default: runs/RECIPE-DATE)")
+
+    evaluate = verb(
+        verbs,
+        "eval",
+        _eval,
+        f"Held-out accuracy of a checkpoint; {gin}.",
+        "dppo eval configs/recipes/arithmetic_cpu.gin --checkpoint runs/RUN --json",
+    )
+    evaluate.add_argument("recipe", help="a .gin file")
+    evaluate.add_argument("--checkpoint", required=True, help="a run directory")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    bench = verbs.add_parser("bench", help="Measure speed.").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    step = verb(
+        bench,
+        "step",
+        _bench_step,
+        "Seconds of one training step: sampling, scoring, update, against the matmul peak.",
+        "dppo bench step --json",
+    )
+    step.add_argument("--json", action="store_true", help="print one JSON object")
+    for flag, default in (
+        ("vocab", 1024), ("width", 256), ("layers", 4), ("head-size", 64), ("mlp", 1024),
+        ("prompts", 16), ("samples", 8), ("prompt-length", 32), ("response-length", 128),
+        ("top-k", 20), ("microbatches", 1), ("repeats", 5),
+    ):  # fmt: skip
+        step.add_argument(f"--{flag}", type=int, default=default, help=f"(default: {default})")
+
+    data = verbs.add_parser("data", help="Data sets on disk.").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    prepare = verb(
+        data,
+        "prepare",
+        _data_prepare,
+        "Write a data set as TFDS array_record files: arithmetic, stories, gsm8k.",
+        "dppo data prepare gsm8k --from train.jsonl.gz",
+    )
+    prepare.add_argument("name")
+    prepare.add_argument("--from", dest="source", help="file or folder to read")
+    prepare.add_argument("--data-dir", default="runs/data", help="(default: runs/data)")
+    prepare.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    _tune_for_cpu()
+    from dppo_jax.config import difference, load_recipe, split_overrides
+    from dppo_jax.console import Console, duration
+    from dppo_jax.multihost import is_writer
+    from dppo_jax.train import train
+
+    given = ("workdir", "console")
+    overrides, _ = split_overrides(options.overrides)
+    recipe = load_recipe(options.recipe, train, overrides, given)
+    name = recipe.path.stem
+    workdir = Path(options.workdir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    asked = workdir / "config.gin"
+    if asked.exists() and (changed := difference(recipe.config_text(), asked.read_text())):
+        raise ValueError(
+            f"{workdir} holds a run of another configuration: {changed}; "
+            "choose another --workdir or undo the change"
+        )
+    if workdir.exists() and not asked.exists() and any(workdir.iterdir()):
+        raise ValueError(f"{workdir} is not empty and holds no run: choose another --workdir")
+    arguments = recipe.arguments(given=given)
+    if is_writer():
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write_whole(workdir / "operative_config.gin", recipe.operative_config_text())
+        _write_whole(asked, recipe.config_text())
+    console = Console(quiet=not is_writer())
+    summary = train(workdir=str(workdir), console=console, **arguments)
+    console.table(
+        f"{name}: done",
+        {
+            "held-out accuracy before": _with_interval(summary["before"]),
+            "held-out accuracy after": _with_interval(summary["after"]),
+            "steps": str(summary["steps"]),
+            "time": duration(summary["wall_seconds"]),
+            "run directory": str(workdir),
+        },
+    )
+
+
+def _with_interval(evaluation: dict) -> str:
+    low, high = evaluation["accuracy_low"], evaluation["accuracy_high"]
+    return f"{evaluation['accuracy']:.3f}  (95 % interval {low:.3f} to {high:.3f})"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """All of the file or nothing of it."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    _tune_for_cpu()
+    from dppo_jax.config import load_recipe, split_overrides
+    from dppo_jax.console import Console
+    from dppo_jax.evaluate import evaluate_checkpoint
+    from dppo_jax.train import train
+
+    overrides, _ = split_overrides(options.overrides)
+    recipe = load_recipe(options.recipe, train, overrides, ("workdir", "console"))
+    names = (
+        "model", "tokenizer", "dataset", "data_dir", "verifier", "sampling", "prompts_per_step",
+        "max_prompt_tokens", "too_long", "mesh", "eval_split", "eval_prompts", "seed",
+    )  # fmt: skip
+    result = evaluate_checkpoint(Path(options.checkpoint), **recipe.arguments(*names))
+    if options.json:
+        print(json.dumps(result.as_dict()))
+    else:
+        Console().table(
+            f"{options.checkpoint} on {recipe.path.stem}",
+            {
+                f"accuracy (avg@{result.k})": _with_interval(result.as_dict()),
+                f"pass@{result.k}": f"{result.pass_at_k:.3f}",
+                "prompts": str(result.prompts),
+                "response length": f"{result.response_length:.1f} tokens",
+                "ended themselves": f"{result.finished:.3f}",
+            },
+        )
+
+
+def _bench_step(options: argparse.Namespace) -> None:
+    _tune_for_cpu()
+    from dppo_jax.bench import bench_step, show_step
+
+    shape = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("verb", "json", "debug", "overrides")
+    }
+    result = bench_step(**shape)
+    print(json.dumps(result)) if options.json else show_step(result)
+
+
+def _data_prepare(options: argparse.Namespace) -> None:
+    from dppo_jax.prompts.store import prepare
+
+    done = prepare(options.name, options.data_dir, options.source)
+    if options.json:
+        print(json.dumps(done._asdict() | {"path": str(done.path)}))
+    else:
+        sizes = ", ".join(f"{split} {count}" for split, count in done.splits.items())
+        print(f"{done.path}: {sizes}" + (" (already there)" if done.reused else ""))
+
+
+def _tune_for_cpu() -> None:
+    """Lets the C library keep XLA's temporary buffers instead of returning them at each step."""
+    if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+        from dppo_jax.allocator import keep_freed_memory
+
+        keep_freed_memory()

@@ -1,0 +1,104 @@
+"""Where a run's first parameters come from; each factory makes a function of an InitialContext."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dppo_jax.checkpoint import load_params
+from dppo_jax.models.decoder import Model, Params
+from dppo_jax.models.llama2c import read_llama2c
+from dppo_jax.prompts import arithmetic
+from dppo_jax.prompts.examples import Example
+from dppo_jax.prompts.tokenizers import Tokenizer
+from dppo_jax.sharding import shardings_of
+from dppo_jax.supervised import Demonstrate, train_supervised
+
+
+@dataclass(frozen=True)
+class InitialContext:
+    """What a run knows before it has parameters."""
+
+    model: Model
+    mesh: Mesh
+    key: jax.Array
+    tokenizer: Tokenizer
+    source: Sequence[Example]  # the training split
+    max_prompt_tokens: int
+    max_new_tokens: int
+    report: Callable[[int, int, float], None]  # step, steps, loss
+
+    @property
+    def shardings(self) -> Any:
+        return shardings_of(self.model.logical_axes, self.mesh)
+
+
+InitialPolicy = Callable[[InitialContext], Params]
+
+
+def random_policy() -> InitialPolicy:
+    """Fresh random parameters, born sharded."""
+    return lambda c: jax.jit(c.model.init, out_shardings=c.shardings)(c.key)
+
+
+def llama2c_policy(path: str) -> InitialPolicy:
+    """The weights of a llama2.c `.bin` file."""
+    return lambda c: jax.device_put(read_llama2c(path, c.model.config), c.shardings)
+
+
+def checkpoint_policy(directory: str) -> InitialPolicy:
+    """The newest checkpoint of another run."""
+
+    def make(c: InitialContext) -> Params:
+        like = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            c.model.abstract_params,
+            c.shardings,
+        )
+        return load_params(Path(directory).expanduser(), like)
+
+    return make
+
+
+def careless_arithmetic(slip_rate: float) -> Demonstrate:
+    """A teacher of the arithmetic task whose demonstrations hold a slip at this rate."""
+
+    def demonstrate(example: Example, rng: np.random.Generator) -> str:
+        a, b = map(int, example.id.split("*"))
+        return arithmetic.careless_solution(a, b, rng, slip_rate)
+
+    return demonstrate
+
+
+def warm_started_policy(
+    *,
+    demonstrate: Demonstrate,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    batch_size: int,
+) -> InitialPolicy:
+    """A random policy trained to imitate demonstrations of the training split."""
+
+    def make(c: InitialContext) -> Params:
+        return train_supervised(
+            c.model,
+            random_policy()(c),
+            c.source,
+            c.tokenizer,
+            mesh=c.mesh,
+            demonstrate=demonstrate,
+            optimizer=optimizer,
+            steps=steps,
+            batch_size=batch_size,
+            max_prompt_tokens=c.max_prompt_tokens,
+            max_response_tokens=c.max_new_tokens,
+            seed=int(jax.random.bits(c.key)),
+            report=lambda step, loss: c.report(step, steps, loss),
+        )
+
+    return make

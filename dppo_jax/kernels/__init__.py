@@ -1,0 +1,1 @@
+"""The head: hidden states to log-probabilities and entropy without an array of N x V."""

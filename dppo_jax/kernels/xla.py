@@ -1,0 +1,265 @@
+"""The head as XLA matrix products over chunks of the vocabulary: CPU, GPU, and any TPU fallback.
+
+Forward keeps three running numbers a token, m = max z, s = sum e^(z-m), t = sum (z-m) e^(z-m), and
+ends with lse = m + log s, entropy = log s - t/s (online softmax, Milakov & Gimelshein 2018,
+arXiv:1805.02867, with the entropy sum beside it). t is kept relative to m because
+lse - sum p z cancels badly where |z| is large.
+
+Backward recomputes a chunk's logits and forms, from the cotangents of the three outputs,
+
+    dz_i = p_i (g_lse - g_entropy (log p_i + entropy)) + sum_j g_at_j 1[i = ids_j]
+
+then two products: dhidden += dz W_chunk in a float32 carry, dW_chunk = dz^T hidden, written once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int
+
+# A chunk's logits are the workspace: 2^24 of them take 64 MiB in float32, little beside the
+# parameters and optimizer state, and make products large enough to run at full speed.
+CHUNK_LOGITS = 2**24
+# With many tokens the chunk must not shrink further: each chunk reads and writes the float32
+# dhidden once, 8ND bytes for 6ND * columns flops, so 4096 columns keep that traffic far above
+# the flops-per-byte ridge of every accelerator we know (KERNELS: 166 to 560).
+LEAST_COLUMNS = 4096
+# Chunk borders at multiples of the widest vector tile (128 lanes of a TPU).
+COLUMN_TILE = 128
+# Stands for log p = -inf in products with p = 0: e^-1000 is 0 even in float64, and 0 * -1000 = 0.
+LEAST_LOG_P = -1e3
+
+
+class Transform(NamedTuple):
+    """Products x.w to logits: z = soft_cap * tanh(x.w / soft_cap) / temperature."""
+
+    temperature: float
+    soft_cap: float | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Saved:
+    """What the backward pass reads; the flags are static."""
+
+    hidden: Float[Array, "N D"]
+    unembedding: Float[Array, "V D"]
+    ids: Int[Array, "N J"]
+    lse: Float[Array, " N"]
+    entropy: Float[Array, " N"]
+    products: Float[Array, "N V"] | None  # kept only where one small chunk is the vocabulary
+    wants_hidden: bool = field(metadata={"static": True})
+    wants_unembedding: bool = field(metadata={"static": True})
+
+
+def chunk_columns(tokens: int, vocabulary: int) -> int:
+    """Columns of a chunk: CHUNK_LOGITS logits, at least LEAST_COLUMNS, chunks nearly equal.
+
+    Where V is no multiple, the last chunk starts early and overlaps its neighbour: no padded copy
+    of the matrix, and equal chunks keep the overlap under one tile a chunk.
+    """
+    columns = max(LEAST_COLUMNS, CHUNK_LOGITS // max(tokens, 1))
+    if vocabulary <= columns:
+        return vocabulary
+    even = -(-vocabulary // -(-vocabulary // columns))
+    return -(-even // COLUMN_TILE) * COLUMN_TILE
+
+
+def statistics_dtype(hidden: Array, unembedding: Array) -> jnp.dtype:
+    """float32, or float64 where an input is float64 (tests)."""
+    return jnp.promote_types(jnp.promote_types(hidden.dtype, unembedding.dtype), jnp.float32)
+
+
+def _contract(left: Array, right: Array, axis_left: int, axis_right: int, dtype) -> Array:
+    """A plain two-dimensional product in the inputs' common dtype, accumulated in `dtype`."""
+    operand = jnp.promote_types(left.dtype, right.dtype)
+    dimensions = (((axis_left,), (axis_right,)), ((), ()))
+    return lax.dot_general(
+        left.astype(operand), right.astype(operand), dimensions, preferred_element_type=dtype
+    )
+
+
+def _logits(products: Array, transform: Transform) -> Array:
+    if transform.soft_cap is not None:
+        products = transform.soft_cap * jnp.tanh(products / transform.soft_cap)
+    return products if transform.temperature == 1.0 else products / transform.temperature
+
+
+class _Chunk(NamedTuple):
+    start: int | Array
+    rows: Array  # [C, D] of the unembedding
+    fresh: Array | None  # [C], False where an earlier chunk had the column; None: all True
+
+
+def _chunk(unembedding: Array, index: int | Array, columns: int) -> _Chunk:
+    vocabulary = unembedding.shape[0]
+    if columns == vocabulary:
+        return _Chunk(0, unembedding, None)
+    first = index * columns
+    start = jnp.minimum(first, vocabulary - columns)
+    rows = lax.dynamic_slice_in_dim(unembedding, start, columns)
+    ragged = vocabulary % columns != 0
+    return _Chunk(start, rows, start + jnp.arange(columns) >= first if ragged else None)
+
+
+def _over_chunks(step: Callable, state, vocabulary: int, columns: int):
+    """Runs step(index, state) for every chunk; one chunk needs no loop."""
+    if columns == vocabulary:
+        return step(0, state)
+    return lax.fori_loop(0, -(-vocabulary // columns), step, state)
+
+
+def forward(
+    hidden: Float[Array, "N D"],
+    unembedding: Float[Array, "V D"],
+    ids: Int[Array, "N J"],
+    transform: Transform,
+) -> tuple[tuple[Array, Array, Array], Array | None]:
+    """(lse [N], logit_at [N,J], entropy [N]), and the products [N,V] where one chunk held them.
+
+    ids outside [0, V) give NaN in logit_at.
+    """
+    dtype = statistics_dtype(hidden, unembedding)
+    tokens, vocabulary = hidden.shape[0], unembedding.shape[0]
+    columns = chunk_columns(tokens, vocabulary)
+
+    def step(index, state):
+        m, s, t, logit_at, _ = state
+        chunk = _chunk(unembedding, index, columns)
+        products = _contract(hidden, chunk.rows, 1, 1, dtype)
+        z = _logits(products, transform)
+
+        local = ids - chunk.start
+        here = (local >= 0) & (local < columns)
+        found = jnp.take_along_axis(
+            z, jnp.clip(local, 0, columns - 1), axis=1, mode="promise_in_bounds"
+        )
+        logit_at = jnp.where(here, found, logit_at)
+
+        if chunk.fresh is not None:
+            z = jnp.where(chunk.fresh, z, -jnp.inf)
+        m_new = jnp.maximum(m, z.max(axis=1))
+        shift = m - m_new
+        scale = jnp.exp(shift)
+        s_chunk = jnp.exp(z - m_new[:, None]).sum(axis=1)
+        # The barrier hides that the difference is the same: XLA's CPU compiler would write a
+        # shared one to memory instead of fusing it into each sum (3x slower, measured).
+        u = jnp.maximum(z - lax.optimization_barrier(m_new)[:, None], LEAST_LOG_P)
+        t_chunk = (u * jnp.exp(u)).sum(axis=1)
+        kept = products if columns == vocabulary else None
+        return m_new, scale * s + s_chunk, scale * (t + shift * s) + t_chunk, logit_at, kept
+
+    # The lowest finite m, not -inf: differences of it stay defined before the first chunk and in
+    # rows whose first chunks are all -inf.
+    zero = jnp.zeros((tokens,), dtype)
+    state = (zero + jnp.finfo(dtype).min, zero, zero, jnp.full(ids.shape, jnp.nan, dtype), None)
+    m, s, t, logit_at, products = _over_chunks(step, state, vocabulary, columns)
+    log_s = jnp.log(s)
+    return (m + log_s, logit_at, log_s - t / s), products
+
+
+def backward(
+    saved: Saved,
+    transform: Transform,
+    g_lse: Float[Array, " N"] | None,
+    g_sampled: Float[Array, " N"] | None,
+    g_stored: Float[Array, "N K"] | None,
+    g_entropy: Float[Array, " N"] | None,
+) -> tuple[Float[Array, "N D"] | None, Float[Array, "V D"] | None]:
+    """(dhidden, dunembedding) from the outputs' cotangents; None is a zero that costs nothing."""
+    hidden, unembedding = saved.hidden, saved.unembedding
+    dtype = statistics_dtype(hidden, unembedding)
+    operand = jnp.promote_types(hidden.dtype, unembedding.dtype)
+    tokens, vocabulary = hidden.shape[0], unembedding.shape[0]
+    columns = chunk_columns(tokens, vocabulary)
+
+    def products_cotangent(chunk: _Chunk) -> Array:
+        products = saved.products
+        if products is None:
+            products = _contract(hidden, chunk.rows, 1, 1, dtype)
+        z = _logits(products, transform)
+        dz = jnp.zeros_like(z)
+        if g_lse is not None or g_entropy is not None:
+            weight = 0.0 if g_lse is None else g_lse[:, None]
+            if g_entropy is not None:
+                log_p = jnp.maximum(z - saved.lse[:, None], LEAST_LOG_P)
+                weight = weight - g_entropy[:, None] * (log_p + saved.entropy[:, None])
+            dz = jnp.exp(z - saved.lse[:, None]) * weight
+        local = saved.ids - chunk.start
+        if g_sampled is not None:
+            # A comparison fuses into the pass that writes dz; a scatter would be a second pass.
+            dz += jnp.where(jnp.arange(columns) == local[:, :1], g_sampled[:, None], 0)
+        if g_stored is not None:
+            slots = jnp.where((local >= 0) & (local < columns), local, columns)[:, 1:]
+            dz = jax.vmap(lambda row, at, g: row.at[at].add(g, mode="drop"))(dz, slots, g_stored)
+        if transform.soft_cap is not None:
+            dz *= 1 - jnp.tanh(products / transform.soft_cap) ** 2
+        if transform.temperature != 1.0:
+            dz /= transform.temperature
+        return dz.astype(operand)
+
+    def step(index, state):
+        d_hidden, d_unembedding = state
+        chunk = _chunk(unembedding, index, columns)
+        dz = products_cotangent(chunk)
+        if d_hidden is not None:
+            # Rows met before are zeroed here and not in dz, so that rewriting their
+            # dunembedding below writes the same values again.
+            rows = chunk.rows
+            if chunk.fresh is not None:
+                rows = jnp.where(chunk.fresh[:, None], rows, 0)
+            d_hidden += _contract(dz, rows, 1, 0, dtype)
+        if d_unembedding is not None:
+            d_rows = _contract(dz, hidden, 0, 0, dtype).astype(unembedding.dtype)
+            d_unembedding = lax.dynamic_update_slice_in_dim(
+                d_unembedding, d_rows, chunk.start, axis=0
+            )
+        return d_hidden, d_unembedding
+
+    state = (
+        jnp.zeros(hidden.shape, dtype) if saved.wants_hidden else None,
+        jnp.zeros_like(unembedding) if saved.wants_unembedding else None,
+    )
+    d_hidden, d_unembedding = _over_chunks(step, state, vocabulary, columns)
+    return None if d_hidden is None else d_hidden.astype(hidden.dtype), d_unembedding
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def xla(hidden, unembedding, ids, transform):
+    """The chunked body: (lse, sampled logit, stored logits, entropy), differentiable.
+
+    The two kinds of logits are separate outputs because a cotangent is known to be zero, and
+    skipped, only for a whole output: one array would scatter the zeros of the stored columns.
+    """
+    (lse, logit_at, entropy), _ = forward(hidden, unembedding, ids, transform)
+    return lse, logit_at[:, 0], logit_at[:, 1:], entropy
+
+
+def _xla_forward(hidden, unembedding, ids, transform):
+    (lse, logit_at, entropy), products = forward(
+        hidden.value, unembedding.value, ids.value, transform
+    )
+    if products is not None and products.size > CHUNK_LOGITS:
+        products = None
+    saved = Saved(
+        hidden.value, unembedding.value, ids.value, lse, entropy, products,
+        wants_hidden=hidden.perturbed, wants_unembedding=unembedding.perturbed,
+    )  # fmt: skip
+    return (lse, logit_at[:, 0], logit_at[:, 1:], entropy), saved
+
+
+def _xla_backward(transform, saved, cotangents):
+    known = [None if isinstance(g, SymbolicZero) else g for g in cotangents]
+    if all(g is None for g in known):
+        return None, None, None
+    d_hidden, d_unembedding = backward(saved, transform, *known)
+    return d_hidden, d_unembedding, None
+
+
+xla.defvjp(_xla_forward, _xla_backward, symbolic_zeros=True)

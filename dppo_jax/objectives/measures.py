@@ -1,0 +1,121 @@
+"""How far the current policy is from an anchor at each token: the axis of DPPO's ablations.
+
+An `Anchor` picks the policy that the trust region is drawn around; a measure maps the scored
+policy, the batch and the anchor's log-probabilities to a distance >= 0 a token.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dppo_jax import divergence
+from dppo_jax.records import Batch, TokenStats
+
+LOG_RATIO_CEILING = 60.0  # e^60 = 1e26: sums and products of such ratios stay finite in float32
+
+
+class AnchorLogps(NamedTuple):
+    """The anchor's log-probabilities of what was sampled."""
+
+    logp: Float[Array, "B T"]  # of the sampled token
+    topk_logp: Float[Array, "B T K"] | None  # of Rollout.topk_ids
+
+
+class Anchor(NamedTuple):
+    """Where a trust region is centred, and whether the trainer must recompute it."""
+
+    logps: Callable[[Batch], AnchorLogps]
+    needs_logp_old: bool
+
+
+Measure = Callable[[TokenStats, Batch, AnchorLogps], Float[Array, "B T"]]
+
+
+def rollout_anchor() -> Anchor:
+    """The policy that sampled the tokens, mu: the paper's choice (arXiv 2602.04879 sec. 5)."""
+    return Anchor(
+        lambda batch: AnchorLogps(batch.rollout.logp_rollout, batch.rollout.topk_logp_rollout),
+        needs_logp_old=False,
+    )
+
+
+def old_anchor() -> Anchor:
+    """The trainer's recomputation before the update: "decoupled"; the paper finds it unstable."""
+    return Anchor(_old_logps, needs_logp_old=True)
+
+
+def _old_logps(batch: Batch) -> AnchorLogps:
+    if batch.logp_old is None:
+        raise ValueError("old_anchor needs Batch.logp_old: score the batch before the update")
+    return AnchorLogps(batch.logp_old, batch.topk_logp_old)
+
+
+def importance_ratio(
+    logp: Float[Array, "B T"], logp_anchor: Float[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """π/μ of the sampled token, without gradient; at most e^60 so that float32 cannot overflow."""
+    log_ratio = jax.lax.stop_gradient(logp - logp_anchor)
+    return jnp.exp(jnp.minimum(log_ratio, LOG_RATIO_CEILING))
+
+
+def ratio_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Float[Array, "B T"]:
+    """|π/μ - 1|: PPO's and GRPO's trust region (arXiv 1707.06347 eq. 7 written as a mask)."""
+    log_ratio = jax.lax.stop_gradient(stats.logp - anchor.logp)
+    return jnp.abs(jnp.expm1(jnp.minimum(log_ratio, LOG_RATIO_CEILING)))
+
+
+def binary_tv_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Float[Array, "B T"]:
+    """|μ - π| at the sampled token: DPPO (arXiv 2602.04879) eq. 13."""
+    return divergence.binary_tv(anchor.logp, stats.logp)
+
+
+def binary_kl_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Float[Array, "B T"]:
+    """KL of {sampled, rest}: DPPO (arXiv 2602.04879) eq. 14."""
+    return divergence.binary_kl(anchor.logp, stats.logp)
+
+
+def topk_tv_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Float[Array, "B T"]:
+    """TV over TopK(μ) ∪ {sampled} and the rest: DPPO (arXiv 2602.04879) eq. 15."""
+    return divergence.topk_tv(
+        anchor.logp,
+        stats.logp,
+        batch.rollout.response_tokens,
+        batch.rollout.topk_ids,
+        _topk(anchor),
+        stats.topk_logp,
+    )
+
+
+def topk_kl_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Float[Array, "B T"]:
+    """KL over TopK(μ) ∪ {sampled} and the rest: DPPO (arXiv 2602.04879) eq. 16."""
+    return divergence.topk_kl(
+        anchor.logp,
+        stats.logp,
+        batch.rollout.response_tokens,
+        batch.rollout.topk_ids,
+        _topk(anchor),
+        stats.topk_logp,
+    )
+
+
+def topk_slots_tv_measure(
+    stats: TokenStats, batch: Batch, anchor: AnchorLogps
+) -> Float[Array, "B T"]:
+    """TV over the K slots as stored and the rest: Stable-RL@c6af1d11, to reproduce its runs."""
+    return divergence.topk_slots_tv(_topk(anchor), stats.topk_logp)
+
+
+def topk_slots_kl_measure(
+    stats: TokenStats, batch: Batch, anchor: AnchorLogps
+) -> Float[Array, "B T"]:
+    """KL over the K slots as stored and the rest: Stable-RL@c6af1d11, to reproduce its runs."""
+    return divergence.topk_slots_kl(_topk(anchor), stats.topk_logp)
+
+
+def _topk(anchor: AnchorLogps) -> Float[Array, "B T K"]:
+    if anchor.topk_logp is None:
+        raise ValueError("a top-K measure at old_anchor needs Batch.topk_logp_old")
+    return anchor.topk_logp

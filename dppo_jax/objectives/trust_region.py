@@ -1,0 +1,70 @@
+"""Which tokens a gradient step may still learn from, given how far the policy has moved."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dppo_jax.objectives.measures import Anchor, Measure
+from dppo_jax.records import Batch, TokenStats
+
+
+class Decision(NamedTuple):
+    """A trust region's verdict on each token."""
+
+    keep: Bool[Array, "B T"]  # M of the formulas; meaningless outside response_mask
+    divergence: Float[Array, "B T"] | None  # the measured distance; None where nothing is measured
+
+
+class TrustRegion(NamedTuple):
+    """A rule that drops tokens, and what the training loop must provide for it."""
+
+    decide: Callable[[TokenStats, Batch], Decision]
+    needs_logp_old: bool = False
+
+
+def unconstrained() -> TrustRegion:
+    """M = 1: every token is kept (PG-IS, PG-TIS, CISPO)."""
+    return TrustRegion(lambda stats, batch: Decision(jnp.ones(stats.logp.shape, jnp.bool_), None))
+
+
+def bounded(
+    measure: Measure, *, delta_low: float, delta_high: float, anchor: Callable[[], Anchor]
+) -> TrustRegion:
+    """Drops a token that is outside the region and would move further out.
+
+    M = 0 where D > δ and (A > 0 and π > anchor, δ = delta_high; or A < 0 and π < anchor,
+    δ = delta_low), all strict. DPPO (arXiv 2602.04879) eq. 12; asymmetric δ as in Stable-RL.
+    Moves back towards the anchor are never dropped. A = 0 is kept (it contributes nothing), while
+    Stable-RL and verl put it in the negative branch of their masks. δ in the measure's unit.
+    """
+    if delta_low < 0 or delta_high < 0:
+        raise ValueError(f"thresholds must be >= 0, got {delta_low} and {delta_high}")
+    centre = anchor()
+
+    def decide(stats: TokenStats, batch: Batch) -> Decision:
+        logps = centre.logps(batch)
+        distance = jax.lax.stop_gradient(measure(stats, batch, logps))
+        raised = (batch.advantages > 0) & (stats.logp > logps.logp) & (distance > delta_high)
+        lowered = (batch.advantages < 0) & (stats.logp < logps.logp) & (distance > delta_low)
+        return Decision(~(raised | lowered), distance)
+
+    return TrustRegion(decide, centre.needs_logp_old)
+
+
+def relax_rare(region: TrustRegion, *, alpha_low: float, alpha_high: float) -> TrustRegion:
+    """Exempts tokens that the rollout policy found unlikely from a region.
+
+    M' = 1 where μ < alpha_high (A > 0) or μ < alpha_low (A < 0), else M.
+    DPPO (arXiv 2602.04879) sec. 6, "relax clipping"; an alpha of 0 exempts nothing.
+    """
+
+    def decide(stats: TokenStats, batch: Batch) -> Decision:
+        verdict = region.decide(stats, batch)
+        alpha = jnp.where(batch.advantages > 0, alpha_high, alpha_low)
+        rare = jnp.exp(batch.rollout.logp_rollout) < alpha
+        return Decision(verdict.keep | rare, verdict.divergence)
+
+    return TrustRegion(decide, region.needs_logp_old)

@@ -1,0 +1,12 @@
+"""From data on disk to token arrays: what the policy is asked.
+
+    examples     Example, one problem as text, and PromptFileError
+    arithmetic   the project's own task, two-digit multiplication, and its careless teacher
+    stories      openings for a tiny story model, each with a word that the story should use
+    gsm8k        grade-school maths problems from the dataset's own jsonl files
+    store        prepare and load: every data set above as TFDS array_record files
+    tokenizers   SentencePiece and Hugging Face tokenizers behind one protocol
+    pipeline     shuffled, sharded, resumable batches of tokenised prompts; evaluation batches
+
+This package imports nothing by itself, so that `rewards` can read `examples` without jax.
+"""

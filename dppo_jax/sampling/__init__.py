@@ -1,0 +1,1 @@
+"""Prompts in, `Rollout` out: prefill once a prompt, decode token by token with a cache."""

@@ -1,0 +1,265 @@
+"""The jitted sampler: prefill each prompt once, then decode its G samples in lockstep.
+
+Everything that DPPO needs of the rollout policy is recorded while the logits are alive: the
+sampled token's log-probability under the distribution it was drawn from, the top-K ids and
+log-probabilities, the entropy, an explicit mask, and why each sequence ended.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dppo_jax.models.decoder import (
+    NEGATIVE,
+    Block,
+    Decoder,
+    Model,
+    Params,
+    full_forward,
+    positions_of,
+    rotary_angles,
+)
+from dppo_jax.records import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
+from dppo_jax.sharding import constrain
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are drawn. temperature 0 takes the most likely token; its log-probabilities
+    are then those of temperature 1."""
+
+    max_new_tokens: int
+    samples_per_prompt: int
+    temperature: float = 1.0
+    top_k_capture: int = 20
+    # Sampling one of these ends the response and belongs to it; a run adds its tokenizer's.
+    end_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1 or self.samples_per_prompt < 1:
+            raise ValueError("max_new_tokens and samples_per_prompt must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must not be negative")
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError where this configuration does not fit the vocabulary."""
+        if not 1 <= self.top_k_capture <= vocab_size:
+            raise ValueError(
+                f"top_k_capture={self.top_k_capture} is not within 1..{vocab_size}, "
+                "the model's vocabulary: set a smaller K"
+            )
+        for end_id in self.end_ids:
+            if not 0 <= end_id < vocab_size:
+                raise ValueError(f"end id {end_id} is outside the vocabulary of {vocab_size}")
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer: a prompt's are stored once and shared by its G samples."""
+
+    prompt_k: Float[Array, "P Hkv L d"]
+    prompt_v: Float[Array, "P Hkv L d"]
+    response_k: Float[Array, "B Hkv T d"]
+    response_v: Float[Array, "B Hkv T d"]
+
+
+class Drawn(NamedTuple):
+    """What one decoding step records of the distribution that it sampled from."""
+
+    token: Int[Array, " B"]
+    logp: Float[Array, " B"]
+    topk_ids: Int[Array, "B K"]
+    topk_logp: Float[Array, "B K"]
+    entropy: Float[Array, " B"]
+
+
+def inverse_cdf(p: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
+    """Draws an index a row with probability p / sum(p); an index of probability 0 never.
+
+    First a block of about √V indices, then an index in it, each with its own uniform number: two
+    random numbers a row instead of V, and a resolution of 2⁻⁴⁶ where one would give 2⁻²³.
+    """
+    batch, vocab = p.shape
+    width = max(1, int(vocab**0.5))
+    blocks = jnp.pad(p, ((0, 0), (0, -vocab % width))).reshape(batch, -1, width)
+    uniform = jax.random.uniform(key, (2, batch))
+
+    def pick(weights, u):  # the first index whose cumulative weight exceeds u of the total
+        cumulative = jnp.cumsum(weights, axis=-1)
+        target = u[:, None] * cumulative[:, -1:]
+        # u < 1, yet u * total can round up to the total.
+        below_total = jnp.minimum(target, jnp.nextafter(cumulative[:, -1:], 0.0))
+        return jnp.sum(cumulative <= below_total, axis=-1)
+
+    block = pick(jnp.sum(blocks, axis=-1), uniform[0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * width + pick(inside, uniform[1])).astype(jnp.int32)
+
+
+def draw(logits: Float[Array, "B V"], key: Array, temperature: float, top_k: int) -> Drawn:
+    """Samples from softmax(logits / temperature) and records that distribution."""
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32) / (temperature or 1.0), axis=-1)
+    p = jnp.exp(logp)
+    token = inverse_cdf(p, key) if temperature else jnp.argmax(logp, axis=-1)
+    logp_token = jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
+    topk_logp, topk_ids = jax.lax.top_k(logp, top_k)
+    entropy = -jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1)
+    return Drawn(token, logp_token, topk_ids, topk_logp, entropy)
+
+
+def _attend_cache(
+    q: Float[Array, "B H d"],
+    cache: LayerCache,
+    prompt_mask: Bool[Array, "P L"],
+    step: Int[Array, ""],
+) -> Float[Array, "B Hd"]:
+    """Softmax attention of one new token a sequence over its prompt and its response so far."""
+    batch, heads, size = q.shape
+    prompts, groups = cache.prompt_k.shape[:2]
+    samples, rep = batch // prompts, heads // groups
+    q = (q * size**-0.5).reshape(prompts, samples, groups, rep, size)
+    shared = q.transpose(0, 2, 1, 3, 4).reshape(prompts, groups, samples * rep, size)
+    to_prompt = jnp.einsum(
+        "pkmd,pkld->pkml", shared, cache.prompt_k, preferred_element_type=jnp.float32
+    )
+    to_prompt = jnp.where(prompt_mask[:, None, None, :], to_prompt, NEGATIVE)
+    to_prompt = to_prompt.reshape(prompts, groups, samples, rep, -1).transpose(0, 2, 1, 3, 4)
+    to_prompt = to_prompt.reshape(batch, groups, rep, -1)
+    own = q.reshape(batch, groups, rep, size)
+    to_response = jnp.einsum(
+        "bkrd,bktd->bkrt", own, cache.response_k, preferred_element_type=jnp.float32
+    )
+    seen = jnp.arange(cache.response_k.shape[2]) <= step
+    to_response = jnp.where(seen, to_response, NEGATIVE)
+    length = to_prompt.shape[-1]
+    weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_response], axis=-1), axis=-1)
+    weights = weights.astype(cache.prompt_v.dtype)
+    on_prompt = weights[..., :length].reshape(prompts, samples, groups, rep, length)
+    on_prompt = on_prompt.transpose(0, 2, 1, 3, 4).reshape(prompts, groups, -1, length)
+    from_prompt = jnp.einsum("pkml,pkld->pkmd", on_prompt, cache.prompt_v)
+    from_prompt = from_prompt.reshape(prompts, groups, samples, rep, size).transpose(0, 2, 1, 3, 4)
+    from_response = jnp.einsum("bkrt,bktd->bkrd", weights[..., length:], cache.response_v)
+    return (from_prompt.reshape(batch, groups, rep, size) + from_response).reshape(batch, -1)
+
+
+def _prefill(decoder: Decoder, prompts: Prompts, settings: SamplingConfig):
+    """The last prompt token's hidden state [P, D] and every layer's cache, room for T tokens."""
+    hidden, (keys, values) = full_forward(decoder, prompts.tokens, prompts.mask)
+    batch = len(prompts.tokens) * settings.samples_per_prompt
+
+    def cache_of(k, v):  # [P, L, Hkv, d] each
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        _, heads, _, size = k.shape
+        room = jnp.zeros((batch, heads, settings.max_new_tokens, size), k.dtype)
+        room = constrain(room, "batch", "kv_heads", None, None)
+        return LayerCache(k, v, room, room)
+
+    return hidden[:, -1], [cache_of(keys[i], values[i]) for i in range(len(keys))]
+
+
+def _decode(
+    decoder: Decoder,
+    blocks: list[Block],
+    caches: list[LayerCache],
+    tokens: Int[Array, " B"],
+    step: Int[Array, ""],
+    prompt_mask: Bool[Array, "P L"],
+    positions: Int[Array, " B"],
+):
+    """Runs the tokens sampled at `step` through every layer: their hidden state [B, D]."""
+    c = decoder.config
+    rope = rotary_angles(positions, c.head_size, c.rope_theta)
+    x = constrain(decoder.embed(tokens), "batch", None)
+    new_caches = []
+    for block, cache in zip(blocks, caches, strict=True):
+        q, k, v = block.queries_keys_values(x, rope)
+        update = jax.lax.dynamic_update_slice_in_dim
+        cache = cache._replace(
+            response_k=update(cache.response_k, k[:, :, None], step, axis=2),
+            response_v=update(cache.response_v, v[:, :, None], step, axis=2),
+        )
+        x = block.finish(x, _attend_cache(q, cache, prompt_mask, step))
+        new_caches.append(cache)
+    return decoder.normed(x), new_caches
+
+
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
+def generate(
+    model: Model, params: Params, prompts: Prompts, key: Array, *, settings: SamplingConfig
+) -> Rollout:
+    """Samples `settings.samples_per_prompt` responses to each prompt.
+
+    Stops when every sequence has sampled an end token or max_new_tokens is reached. Token t of the
+    batch is drawn with fold_in(key, t).
+    """
+    decoder = model.bind(params)
+    graphdef, stacked = nnx.split(decoder.blocks)
+    # One slice a layer before the loop, so that the loop reads weights and copies none.
+    blocks = [
+        nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+        for i in range(model.config.layers)
+    ]
+    unembedding = decoder.unembedding_matrix()
+    samples, length = settings.samples_per_prompt, settings.max_new_tokens
+    hidden, caches = _prefill(decoder, prompts, settings)
+    hidden = jnp.repeat(hidden, samples, axis=0)
+    batch = len(hidden)
+    prompt_lengths = jnp.repeat(positions_of(prompts.mask)[:, -1] + 1, samples)
+    end_ids = jnp.asarray(settings.end_ids, jnp.int32)
+
+    def room(shape, dtype):
+        return constrain(jnp.zeros((length, batch, *shape), dtype), None, "batch")
+
+    k = settings.top_k_capture
+    record = Drawn(
+        room((), jnp.int32),
+        room((), jnp.float32),
+        room((k,), jnp.int32),
+        room((k,), jnp.float32),
+        room((), jnp.float32),
+    )
+
+    def going(state):
+        step, _, _, active, _, _ = state
+        return (step < length) & jnp.any(active)
+
+    def advance(state):
+        step, hidden, caches, active, record, mask = state
+        logits = jnp.dot(hidden, unembedding.T, preferred_element_type=jnp.float32)
+        drawn = draw(logits, jax.random.fold_in(key, step), settings.temperature, k)
+        drawn = jax.tree.map(
+            lambda leaf: jnp.where(active.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0), drawn
+        )
+        record = jax.tree.map(lambda room, leaf: room.at[step].set(leaf), record, drawn)
+        mask = mask.at[step].set(active)
+        active = active & ~jnp.isin(drawn.token, end_ids)
+        hidden, caches = _decode(
+            decoder, blocks, caches, drawn.token, step, prompts.mask, prompt_lengths + step
+        )
+        return step + 1, hidden, caches, active, record, mask
+
+    start = (
+        jnp.int32(0),
+        hidden,
+        caches,
+        jnp.ones((batch,), bool),
+        record,
+        room((), bool),
+    )
+    _, _, _, active, record, mask = jax.lax.while_loop(going, advance, start)
+    by_row = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), record)
+    return Rollout(
+        prompt_tokens=jnp.repeat(prompts.tokens, samples, axis=0),
+        prompt_mask=jnp.repeat(prompts.mask, samples, axis=0),
+        response_tokens=by_row.token,
+        response_mask=mask.T,
+        logp_rollout=by_row.logp,
+        topk_ids=by_row.topk_ids,
+        topk_logp_rollout=by_row.topk_logp,
+        entropy_rollout=by_row.entropy,
+        finish_reason=jnp.where(active, FINISH_LENGTH, FINISH_STOP),
+    )

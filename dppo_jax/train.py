@@ -1,0 +1,369 @@
+"""The training loop, read from top to bottom. Its keyword-only signature is the recipes' schema.
+
+prompts -> sampling -> rewards -> advantages -> scoring -> divergence, objective -> update
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from dppo_jax.advantages import group_mean_baseline
+from dppo_jax.checkpoint import Checkpoints
+from dppo_jax.console import Console
+from dppo_jax.evaluate import (
+    Evaluation,
+    answers_of,
+    evaluate,
+    evaluation_key,
+    held_out_set,
+    sample,
+)
+from dppo_jax.initial_policy import InitialContext, InitialPolicy
+from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
+from dppo_jax.models.decoder import DecoderConfig, Model
+from dppo_jax.multihost import is_writer, to_global_rows
+from dppo_jax.prompts.pipeline import PromptIterator, TooLong
+from dppo_jax.prompts.store import load
+from dppo_jax.prompts.tokenizers import Tokenizer
+from dppo_jax.records import Batch, Metrics, Objective, Rollout
+from dppo_jax.rewards.verdicts import Verifier
+from dppo_jax.sampling.generate import SamplingConfig
+from dppo_jax.scoring import score
+from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides, shardings_of
+from dppo_jax.update import init_state, make_update, take_rows
+
+
+def train(
+    *,
+    workdir: str,
+    model: DecoderConfig,
+    tokenizer: Tokenizer,
+    initial_policy: InitialPolicy,
+    dataset: str,
+    data_dir: str,
+    verifier: Verifier,
+    sampling: SamplingConfig,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    prompts_per_step: int,
+    max_prompt_tokens: int,
+    too_long: TooLong = "error",
+    minibatches: int = 1,
+    microbatches: int = 1,
+    advantage: Callable[[jax.Array], jax.Array] = group_mean_baseline,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008  frozen
+    eval_split: str = "test",
+    eval_every: int = 0,
+    eval_prompts: int | None = None,
+    checkpoint_every: int = 0,
+    samples_logged: int = 2,
+    seed: int = 0,
+    console: Console | None = None,
+) -> dict:
+    """Trains a policy and returns what `summary.json` holds.
+
+    A step samples `sampling.samples_per_prompt` responses to each of `prompts_per_step` prompts and
+    takes `minibatches` gradient steps over them, each accumulated over `microbatches`. A `workdir`
+    that holds a run is resumed at its newest checkpoint. Evaluation over `eval_prompts` held-out
+    prompts (all of them where None) happens before, every `eval_every` steps (0: never) and after.
+    Raises ValueError with one line where the configuration contradicts itself.
+    """
+    # ---- what the run is made of ------------------------------------------------------------
+    started = time.monotonic()
+    console = console or Console(quiet=not is_writer())
+    compilations = CompilationCounter()
+    directory = Path(workdir)
+    network = Model(model)
+    devices = mesh.build()
+    rows = batch_sharding(devices)
+    sampling = dataclasses.replace(sampling, end_ids=(tokenizer.end_id,))
+    samples_per_step = prompts_per_step * sampling.samples_per_prompt
+    _check(model, tokenizer, sampling, devices, prompts_per_step, minibatches, microbatches)
+
+    source = load(dataset, data_dir, "train")
+    held_out = held_out_set(dataset, data_dir, eval_split, eval_prompts)
+    prompts = PromptIterator(
+        source,
+        tokenizer,
+        prompts_per_step=prompts_per_step,
+        max_prompt_tokens=max_prompt_tokens,
+        seed=seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        too_long=too_long,
+    )
+    key = jax.random.key(seed)
+    initial_key, sampling_key = jax.random.split(key)
+    update = make_update(
+        network, objective, optimizer, temperature=sampling.temperature, microbatches=microbatches
+    )
+    score_old = jax.jit(
+        lambda params, rollout: score(network, params, rollout, temperature=sampling.temperature)
+    )
+
+    def accuracy(params) -> Evaluation:
+        return evaluate(
+            network,
+            params,
+            held_out,
+            evaluation_key(seed),
+            mesh=devices,
+            tokenizer=tokenizer,
+            verifier=verifier,
+            settings=sampling,
+            prompts_per_batch=prompts_per_step,
+            max_prompt_tokens=max_prompt_tokens,
+            too_long=too_long,
+        )
+
+    # ---- restart order: the run's own newest checkpoint, else the initial policy -------------
+    checkpoints = Checkpoints(directory / "checkpoints")
+    done = checkpoints.latest()
+    summary_path = directory / "summary.json"
+    if done == steps and summary_path.exists():
+        console.say(f"{directory} holds this run, complete: nothing to do")
+        return json.loads(summary_path.read_text())
+    with jax.set_mesh(devices):
+        if done is None:
+            done = 0
+            context = InitialContext(
+                network,
+                devices,
+                initial_key,
+                tokenizer,
+                source,
+                max_prompt_tokens,
+                sampling.max_new_tokens,
+                lambda step, of, loss: console.step(
+                    "warm start",
+                    step,
+                    of,
+                    {"nll": f"{loss:.3f}"},
+                    seconds_left=(time.monotonic() - started) / step * (of - step),
+                ),
+            )
+            state = init_state(initial_policy(context), optimizer)
+            before = accuracy(state.params)
+            console.say(f"initial policy: held-out accuracy {before.accuracy:.3f}")
+            position = {
+                "prompts": prompts.get_state(),
+                "before": before.as_dict(),
+                "seconds": time.monotonic() - started,
+            }
+            checkpoints.save(0, state, key, position)
+            seconds_before = 0.0
+        else:
+            shardings = shardings_of(network.logical_axes, devices)
+            like = init_state(jax.jit(network.init, out_shardings=shardings)(key), optimizer)
+            state, saved_key, position = checkpoints.restore(done, like, key)
+            prompts.set_state(position["prompts"])
+            before = Evaluation(**position["before"])
+            seconds_before = position["seconds"]
+            console.say(f"resuming {directory} after step {done} of {steps}")
+        log = JsonLines(directory / "metrics.jsonl", resume_at=done)
+        samples = JsonLines(directory / "samples.jsonl", resume_at=done)
+
+        # ---- the loop -----------------------------------------------------------------------
+        loop_started = time.monotonic()
+        for step in range(done, steps):
+            compiled, clock = compilations.total, Stopwatch()
+            problems = next(prompts)
+            rollout = sample(
+                network,
+                state.params,
+                problems,
+                jax.random.fold_in(sampling_key, step),
+                mesh=devices,
+                settings=sampling,
+            )
+            jax.block_until_ready(rollout)
+            clock.lap("sampling")
+
+            answers = answers_of(
+                rollout, problems.examples, mesh=devices, tokenizer=tokenizer, verifier=verifier
+            )
+            rewards = answers.rewards(sampling.samples_per_prompt)
+            clock.lap("rewards")
+
+            batch = _batch(rollout, advantage(jnp.asarray(rewards)), rows)
+            if objective.needs_logp_old:
+                old = jax.block_until_ready(score_old(state.params, rollout))
+                batch = dataclasses.replace(batch, logp_old=old.logp, topk_logp_old=old.topk_logp)
+            clock.lap("scoring")
+
+            order = np.random.default_rng((seed, step)).permutation(samples_per_step)
+            gathered = []
+            for chosen in order.reshape(minibatches, -1):
+                state, metrics = update(state, take_rows(batch, jnp.asarray(chosen)))
+                gathered.append(metrics)
+            numbers = _step_numbers(gathered)
+            clock.lap("update")
+
+            tokens = int(answers.lengths.sum())
+            numbers |= {
+                "reward/mean": float(rewards.mean()),
+                "reward/std": float(rewards.std()),
+                "reward/groups_with_spread": float(np.ptp(rewards, axis=1).astype(bool).mean()),
+                "reward/verifier_errors": sum(verdict.error for verdict in answers.verdicts),
+                "response/length": float(answers.lengths.mean()),
+                "response/finished": float(np.mean(answers.finished)),
+                "response/tokens": tokens,
+                "prompts/epoch": prompts.epoch,
+                **clock.seconds,
+                "time/tokens_per_second": tokens / clock.seconds["time/step"],
+                "time/compilations": compilations.total - compiled,
+            }
+            if step > done and numbers["time/compilations"]:
+                console.say(f"step {step + 1} recompiled: shapes or types changed since step 1")
+            if eval_every and (step + 1) % eval_every == 0 and step + 1 < steps:
+                numbers["eval/accuracy"] = accuracy(state.params).accuracy
+            log.write(step=step, **numbers)
+            for row in range(samples_logged):
+                verdict = answers.verdicts[row]
+                samples.write(
+                    step=step,
+                    prompt=problems.examples[row // sampling.samples_per_prompt].prompt,
+                    response=answers.texts[row],
+                    finished=answers.finished[row],
+                    score=verdict.score,
+                    reason=verdict.reason,
+                )
+            _refuse_not_finite(numbers, step)
+            console.step(
+                "step",
+                step + 1,
+                steps,
+                {
+                    "reward": f"{numbers['reward/mean']:.3f}",
+                    "masked": f"{numbers.get('mask/fraction', 0.0):.4f}",
+                    "mismatch": f"{numbers['mismatch/logp_abs_mean']:.1e}",
+                    "tokens/s": f"{numbers['time/tokens_per_second']:,.0f}",
+                },
+                seconds_left=(time.monotonic() - loop_started)
+                / (step + 1 - done)
+                * (steps - step - 1),
+            )
+            last = step + 1 == steps
+            if last or (checkpoint_every and (step + 1) % checkpoint_every == 0):
+                position["prompts"] = prompts.get_state()
+                position["seconds"] = seconds_before + time.monotonic() - started
+                checkpoints.save(step + 1, state, key, position)
+        console.finish_line()
+
+        # ---- the result -----------------------------------------------------------------------
+        after = accuracy(state.params)
+    checkpoints.close()
+    log.close()
+    samples.close()
+    summary = {
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "steps": steps,
+        "wall_seconds": round(seconds_before + time.monotonic() - started, 1),
+        "seed": seed,
+        "before": before.as_dict(),
+        "after": after.as_dict(),
+        "jax": jax.__version__,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+    if is_writer():
+        summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+class Stopwatch:
+    """Seconds of each part of a step, under `time/`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {"time/step": 0.0}
+        self._last = time.monotonic()
+
+    def lap(self, part: str) -> None:
+        """Gives the time since the last lap to `part`."""
+        now = time.monotonic()
+        self.seconds[f"time/{part}"] = now - self._last
+        self.seconds["time/step"] += now - self._last
+        self._last = now
+
+
+def _check(
+    model: DecoderConfig,
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    mesh: Mesh,
+    prompts_per_step: int,
+    minibatches: int,
+    microbatches: int,
+) -> None:
+    """Refuses contradictions before anything is computed."""
+    sampling.check(model.vocab_size)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size="
+            f"{model.vocab_size}: set DecoderConfig.vocab_size to at least the tokenizer's"
+        )
+    if sampling.temperature == 0:
+        raise ValueError("temperature=0 explores nothing: set a positive sampling temperature")
+    samples = prompts_per_step * sampling.samples_per_prompt
+    if samples % (minibatches * microbatches):
+        raise ValueError(
+            f"{samples} samples a step (prompts_per_step x samples_per_prompt) do not divide into "
+            f"minibatches={minibatches} x microbatches={microbatches}: change one of them"
+        )
+    check_divides(
+        mesh,
+        ("data", "fsdp"),
+        {
+            "prompts_per_step": prompts_per_step,
+            "samples of a microbatch": samples // (minibatches * microbatches),
+        },
+    )
+    check_divides(mesh, ("fsdp",), {"width": model.width})
+    check_divides(
+        mesh,
+        ("tensor",),
+        {
+            "vocab_size": model.vocab_size,
+            "heads": model.heads,
+            "kv_heads": model.kv_heads,
+            "mlp_width": model.mlp_width,
+        },
+    )
+
+
+def _batch(rollout: Rollout, advantages: jax.Array, rows: NamedSharding) -> Batch:
+    """The rollout with each sequence's advantage [P, G] at all of its tokens."""
+    by_row = to_global_rows(np.asarray(advantages).reshape(-1, 1), rows)
+    return Batch(rollout, jnp.broadcast_to(by_row, rollout.response_mask.shape))
+
+
+def _step_numbers(metrics: Sequence[Metrics]) -> dict[str, float]:
+    """One number a metric: the mean over the step's gradient steps, and for `mismatch/*` the first.
+
+    Before the first gradient step the policy is the sampler's, so what differs is numerical.
+    """
+    reduced = [reduce_metrics(each) for each in metrics]
+    numbers = {
+        name: float(np.mean([each[name] for each in reduced])) if len(reduced) > 1 else value
+        for name, value in reduced[0].items()
+    }
+    return numbers | {k: v for k, v in reduced[0].items() if k.startswith("mismatch/")}
+
+
+def _refuse_not_finite(numbers: dict[str, float], step: int) -> None:
+    """Ends a run whose loss or gradient is no number, before it is checkpointed."""
+    for name in ("loss/total", "update/gradient_norm"):
+        if not np.isfinite(numbers[name]):
+            raise FloatingPointError(
+                f"{name} is {numbers[name]} at step {step}: lower the learning rate or delta; "
+                "the last checkpoint is untouched"
+            )

@@ -1,0 +1,127 @@
+"""One gradient step, the one jitted training function: microbatch scan, clip, optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from dppo_jax.models.decoder import Model, Params
+from dppo_jax.records import (
+    Batch,
+    LossSum,
+    Mean,
+    Metrics,
+    Objective,
+    TokenStats,
+    TrainState,
+    fold_metrics,
+)
+from dppo_jax.scoring import mismatch, score
+from dppo_jax.sharding import constrain
+
+Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Optimizer state for these parameters, sharded as they are, at gradient step 0."""
+    return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """[B, ...] -> [parts, B / parts, ...]; part i holds the rows i, i + parts, ...
+
+    Strided parts keep every part's rows spread over the devices that hold them.
+    """
+
+    def split(leaf):
+        return jnp.moveaxis(leaf.reshape(len(leaf) // parts, parts, *leaf.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def accumulate(
+    loss_of: Callable[[Params, Any], LossSum], params: Params, rows: Any, microbatches: int
+) -> tuple[Params, LossSum]:
+    """Gradient and value of Σ loss_sum / Σ weight_sum over the microbatches of `rows`.
+
+    Exact: sums are accumulated unreduced and divided once. Weights of zero give a zero gradient.
+    """
+
+    def value_and_grad(micro):
+        def scalar(p):
+            out = loss_of(p, micro)
+            return out.loss_sum, out
+
+        (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(params)
+        return grads, out
+
+    if microbatches == 1:
+        grads, total = value_and_grad(rows)
+    else:
+
+        def add(grads, micro):
+            micro = jax.tree.map(lambda leaf: constrain(leaf, "batch"), micro)
+            more_grads, out = value_and_grad(micro)
+            return jax.tree.map(jnp.add, grads, more_grads), out
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, stacked = jax.lax.scan(add, zeros, split_rows(rows, microbatches))
+        total = LossSum(
+            jnp.sum(stacked.loss_sum), jnp.sum(stacked.weight_sum), fold_metrics(stacked.metrics)
+        )
+    scale = 1.0 / jnp.where(total.weight_sum > 0, total.weight_sum, 1.0)
+    return jax.tree.map(lambda g: g * scale, grads), total
+
+
+def gradient_step(
+    state: TrainState,
+    loss_of: Callable[[Params, Any], LossSum],
+    rows: Any,
+    optimizer: optax.GradientTransformation,
+    microbatches: int,
+) -> tuple[TrainState, Metrics]:
+    """Applies the optimizer to the gradient of `loss_of` over `rows`, in microbatches."""
+    grads, total = accumulate(loss_of, state.params, rows, microbatches)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    one = jnp.float32(1)
+    metrics = total.metrics | {
+        "loss/total": Mean(total.loss_sum, total.weight_sum),
+        "update/gradient_norm": Mean(optax.global_norm(grads), one),
+        "update/step_norm": Mean(optax.global_norm(updates), one),
+    }
+    return TrainState(params, opt_state, state.step + 1), metrics
+
+
+def make_update(
+    model: Model,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    temperature: float,
+    microbatches: int = 1,
+) -> Update:
+    """The jitted (state, batch) -> (state, metrics); the given state's buffers are reused.
+
+    `mismatch/*` compares the scored policy with the sampler's: numerical mismatch alone on the
+    first step after a rollout, with the policy's movement on top in later ones.
+    """
+
+    def loss_of(params: Params, batch: Batch) -> LossSum:
+        stats: TokenStats = score(model, params, batch.rollout, temperature=temperature)
+        out = objective.loss(stats, batch)
+        return out._replace(metrics=out.metrics | mismatch(stats, batch.rollout))
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return gradient_step(state, loss_of, batch, optimizer, microbatches)
+
+    return jax.jit(update, donate_argnums=0)
+
+
+@jax.jit
+def take_rows(batch: Batch, rows: Int[Array, " N"]) -> Batch:
+    """The minibatch of these rows, in this order."""
+    return jax.tree.map(lambda leaf: constrain(leaf[rows], "batch"), batch)

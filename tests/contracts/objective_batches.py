@@ -1,0 +1,124 @@
+"""Batches for the objective tests, made of real distributions so that every field is consistent."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dppo_jax.records import Batch, Rollout, TokenStats
+
+
+def make_batch(
+    seed: int = 0, b: int = 6, t: int = 10, k: int = 4, vocab: int = 12, drift: float = 0.7
+) -> tuple[TokenStats, Batch]:
+    """Three nearby policies over `vocab` tokens, tokens sampled from mu, ragged responses.
+
+    The last sequence is empty; sequence 0 has A = 0; the others alternate in sign.
+    """
+    rng = np.random.default_rng(seed)
+    logits = 2.0 * rng.normal(size=(b, t, vocab))
+    log_mu = _log_softmax(logits)
+    log_old = _log_softmax(logits + 0.3 * rng.normal(size=logits.shape))
+    log_pi = _log_softmax(logits + drift * rng.normal(size=logits.shape))
+    tokens = (log_mu + rng.gumbel(size=log_mu.shape)).argmax(-1)
+    lengths = rng.integers(1, t + 1, size=b)
+    lengths[-1] = 0
+    mask = np.arange(t) < lengths[:, None]
+    ids = np.argsort(-log_mu, axis=-1)[..., :k]
+    advantages = np.where(np.arange(b) % 2 == 0, 1.0, -1.0) * rng.uniform(0.2, 2.0, size=b)
+    advantages[0] = 0.0
+
+    def sampled(log_probs: np.ndarray) -> jax.Array:
+        return jnp.asarray(np.take_along_axis(log_probs, tokens[..., None], -1)[..., 0], "float32")
+
+    def topk(log_probs: np.ndarray) -> jax.Array:
+        return jnp.asarray(np.take_along_axis(log_probs, ids, -1), "float32")
+
+    rollout = Rollout(
+        prompt_tokens=jnp.zeros((b, 2), jnp.int32),
+        prompt_mask=jnp.ones((b, 2), jnp.bool_),
+        response_tokens=jnp.asarray(tokens, jnp.int32),
+        response_mask=jnp.asarray(mask),
+        logp_rollout=sampled(log_mu),
+        topk_ids=jnp.asarray(ids, jnp.int32),
+        topk_logp_rollout=topk(log_mu),
+        entropy_rollout=jnp.asarray(-(np.exp(log_mu) * log_mu).sum(-1), jnp.float32),
+        finish_reason=jnp.zeros(b, jnp.int32),
+    )
+    stats = TokenStats(
+        logp=sampled(log_pi),
+        topk_logp=topk(log_pi),
+        entropy=jnp.asarray(-(np.exp(log_pi) * log_pi).sum(-1), jnp.float32),
+    )
+    per_token = jnp.asarray(np.repeat(advantages[:, None], t, axis=1), jnp.float32)
+    return stats, Batch(rollout, per_token, sampled(log_old), topk(log_old))
+
+
+def from_probabilities(mu, pi, advantages, old=None) -> tuple[TokenStats, Batch]:
+    """One sequence whose tokens have these probabilities; no top-K slots."""
+    mu, pi, advantages = (jnp.asarray([row], jnp.float32) for row in (mu, pi, advantages))
+    t = mu.shape[1]
+    rollout = Rollout(
+        prompt_tokens=jnp.zeros((1, 0), jnp.int32),
+        prompt_mask=jnp.zeros((1, 0), jnp.bool_),
+        response_tokens=jnp.zeros((1, t), jnp.int32),
+        response_mask=jnp.ones((1, t), jnp.bool_),
+        logp_rollout=jnp.log(mu),
+        topk_ids=jnp.zeros((1, t, 0), jnp.int32),
+        topk_logp_rollout=jnp.zeros((1, t, 0)),
+        entropy_rollout=jnp.zeros((1, t)),
+        finish_reason=jnp.zeros(1, jnp.int32),
+    )
+    logp_old = None if old is None else jnp.log(jnp.asarray([old], jnp.float32))
+    stats = TokenStats(jnp.log(pi), jnp.zeros((1, t, 0)), jnp.zeros((1, t)))
+    return stats, Batch(rollout, advantages, logp_old)
+
+
+def take_rows(tree, rows):
+    """The sequences `rows` of stats or of a batch."""
+    return jax.tree.map(lambda values: values[rows], tree)
+
+
+def scribble_padding(stats, batch, value):
+    """Every float outside response_mask replaced by `value`, every id by 7."""
+    mask = batch.rollout.response_mask
+
+    def outside(values):
+        fill = value if jnp.issubdtype(values.dtype, jnp.floating) else 7
+        broadcast = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
+        return jnp.where(broadcast, values, jnp.asarray(fill, values.dtype))
+
+    rollout = batch.rollout
+    rollout = replace(
+        rollout,
+        response_tokens=outside(rollout.response_tokens),
+        logp_rollout=outside(rollout.logp_rollout),
+        topk_ids=outside(rollout.topk_ids),
+        topk_logp_rollout=outside(rollout.topk_logp_rollout),
+        entropy_rollout=outside(rollout.entropy_rollout),
+    )
+    batch = Batch(
+        rollout,
+        outside(batch.advantages),
+        outside(batch.logp_old),
+        outside(batch.topk_logp_old),
+    )
+    return jax.tree.map(outside, stats), batch
+
+
+@partial(jax.jit, static_argnums=0)
+def loss_and_gradient(objective, stats, batch):
+    """The objective's LossSum and d loss_sum / d stats (every field), compiled."""
+
+    def loss_sum(stats):
+        result = objective.loss(stats, batch)
+        return result.loss_sum, result
+
+    (_, result), gradient = jax.value_and_grad(loss_sum, has_aux=True)(stats)
+    return result, gradient
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
