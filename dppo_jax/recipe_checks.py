@@ -65,7 +65,7 @@ def shorten(text: str) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """ ", did you mean ...?" for the name that looks most alike, if any does."""
+    """The end of a message: did you mean the name that looks most alike? Empty if none does."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -212,6 +212,8 @@ def _wanted(hint: Any, value: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return wanted + nearest(str(value), [str(option) for option in typing.get_args(hint)])
     wanted += f", not {given}"
+    if callable(value) and annotations.accepts(hint, annotations.Result(value)):
+        return f"{wanted}; with () behind the name it is called"
     if isinstance(value, str):
         if value.lower() in ("true", "false", "none"):
             return f"{wanted}; write {value.capitalize()} without quotes"

@@ -250,6 +250,10 @@ FILE_ERRORS = {
         "MODEL = @parts.Source()\nparts.Source.name = 'x'",
         "top.gin:6: MODEL = @parts.Source(): loop.train.model wants toyrl.parts.Model",
     ),
+    "not called": (
+        "loop.train.train_data = @parts.Source",
+        "wants toyrl.parts.Source | None, not type; with () behind the name it is called",
+    ),
     "infinite": (
         "LR = 1e999",
         "top.gin:6: LR = inf: gin cannot write inf back; bind a finite number",

@@ -44,7 +44,7 @@ def test_arithmetic_holds_out_whole_pairs():
 
 def test_arithmetic_split_is_the_same_everywhere():
     test = arithmetic.examples()["test"]
-    assert [row.id for row in test[:5]] == ["10*31", "10*40", "10*44", "10*67", "10*68"]
+    assert [row.id for row in test[:5]] == ["10*31", "10*40", "10*51", "10*67", "10*68"]
     assert arithmetic.examples(seed=1)["test"] != test
 
 
@@ -174,6 +174,13 @@ def test_prepare_refuses(tmp_path, name, source, options, message):
     with pytest.raises(ValueError, match=message):
         store.prepare(name, tmp_path, source and tmp_path / source, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_tfds_did_not_finish_is_refused(tmp_path):
+    (tmp_path / "arithmetic" / store.VERSION).mkdir(parents=True)
+    for use in (store.prepare, lambda name, data_dir: store.load(name, data_dir, "train")):
+        with pytest.raises(PromptFileError, match="not a whole data set; remove that folder"):
+            use("arithmetic", tmp_path)
 
 
 def test_load_says_what_to_do(tmp_path):

@@ -189,4 +189,8 @@ def _write(name: str, data_dir: str | Path, splits: Splits, fingerprint: str) ->
 
 
 def _open(path: Path) -> tfds.core.DatasetBuilder:
+    if not (path / "dataset_info.json").is_file():  # TFDS renames whole folders; copies may stop
+        raise PromptFileError(
+            f"{path} is not a whole data set; remove that folder and prepare it anew"
+        )
     return tfds.builder_from_directory(path)

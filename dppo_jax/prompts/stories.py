@@ -4,6 +4,9 @@ A model of a quarter of a million parameters cannot follow an instruction, so th
 opening, where the story may well take it up: `... named Lily. One day, she found a ball.` asks for
 `ball`. With rewards.verifiers.story_word a story is right when it uses the word at least twice and
 ends by itself. `answer` is the word; there is no worked solution.
+
+llama2.c's stories260K, sampled at temperature 1 with 400 tokens, earns that in 38 % of 504 stories
+(54 % use the word twice, 73 % end); words and openings that it hardly ever took up are left out.
 """
 
 import hashlib

@@ -27,6 +27,8 @@ from dppo_jax.models.decoder import (
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
 from dppo_jax.sharding import constrain
 
+SMALLEST_STAGE = 32  # response tokens
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -115,7 +117,7 @@ def _attend_cache(
     q: Float[Array, "B H d"],
     cache: LayerCache,
     prompt_mask: Bool[Array, "P L"],
-    step: Int[Array, ""],
+    column: Int[Array, ""],
 ) -> Float[Array, "B Hd"]:
     """Softmax attention of one new token a sequence over its prompt and its response so far."""
     batch, heads, size = q.shape
@@ -133,7 +135,7 @@ def _attend_cache(
     to_response = jnp.einsum(
         "bkrd,bktd->bkrt", own, cache.response_k, preferred_element_type=jnp.float32
     )
-    seen = jnp.arange(cache.response_k.shape[2]) <= step
+    seen = jnp.arange(cache.response_k.shape[2]) <= column
     to_response = jnp.where(seen, to_response, NEGATIVE)
     length = to_prompt.shape[-1]
     weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_response], axis=-1), axis=-1)
@@ -146,19 +148,33 @@ def _attend_cache(
     return (from_prompt.reshape(batch, groups, rep, size) + from_response).reshape(batch, -1)
 
 
-def _prefill(decoder: Decoder, prompts: Prompts, settings: SamplingConfig):
-    """The last prompt token's hidden state [P, D] and every layer's cache, room for T tokens."""
+def _prefill(decoder: Decoder, prompts: Prompts, samples: int):
+    """The last prompt token's hidden state [P, D] and every layer's cache, without room yet."""
     hidden, (keys, values) = full_forward(decoder, prompts.tokens, prompts.mask)
-    batch = len(prompts.tokens) * settings.samples_per_prompt
 
     def cache_of(k, v):  # [P, L, Hkv, d] each
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        _, heads, _, size = k.shape
-        room = jnp.zeros((batch, heads, settings.max_new_tokens, size), k.dtype)
-        room = constrain(room, "batch", "kv_heads", None, None)
-        return LayerCache(k, v, room, room)
+        nothing = jnp.zeros((len(k) * samples, k.shape[1], 0, k.shape[3]), k.dtype)
+        return LayerCache(k, v, nothing, nothing)
 
     return hidden[:, -1], [cache_of(keys[i], values[i]) for i in range(len(keys))]
+
+
+def _grown(cache: LayerCache, room: int) -> LayerCache:
+    """The cache with space for `room` response tokens."""
+
+    def grow(x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0)))
+        return constrain(x, "batch", "kv_heads", None, None)
+
+    return cache._replace(response_k=grow(cache.response_k), response_v=grow(cache.response_v))
+
+
+def _stages(length: int) -> list[int]:
+    """Cache sizes to grow through: attention reads the whole cache at every token, so one that
+    grows in four steps is read 5/8 as much. Each size compiles the loop once more."""
+    size = max(SMALLEST_STAGE, -(-length // 4))
+    return [*range(size, length, size), length]
 
 
 def _decode(
@@ -166,11 +182,11 @@ def _decode(
     blocks: list[Block],
     caches: list[LayerCache],
     tokens: Int[Array, " B"],
-    step: Int[Array, ""],
+    column: Int[Array, ""],
     prompt_mask: Bool[Array, "P L"],
     positions: Int[Array, " B"],
 ):
-    """Runs the tokens sampled at `step` through every layer: their hidden state [B, D]."""
+    """Runs the tokens of one response column through every layer: their hidden state [B, D]."""
     c = decoder.config
     rope = rotary_angles(positions, c.head_size, c.rope_theta)
     x = constrain(decoder.embed(tokens), "batch", None)
@@ -179,12 +195,22 @@ def _decode(
         q, k, v = block.queries_keys_values(x, rope)
         update = jax.lax.dynamic_update_slice_in_dim
         cache = cache._replace(
-            response_k=update(cache.response_k, k[:, :, None], step, axis=2),
-            response_v=update(cache.response_v, v[:, :, None], step, axis=2),
+            response_k=update(cache.response_k, k[:, :, None], column, axis=2),
+            response_v=update(cache.response_v, v[:, :, None], column, axis=2),
         )
-        x = block.finish(x, _attend_cache(q, cache, prompt_mask, step))
+        x = block.finish(x, _attend_cache(q, cache, prompt_mask, column))
         new_caches.append(cache)
     return decoder.normed(x), new_caches
+
+
+class _Progress(NamedTuple):
+    """The decoding loop's state before column `step` is drawn."""
+
+    step: Int[Array, ""]
+    caches: list[LayerCache]
+    active: Bool[Array, " B"]  # sequences that have not ended
+    record: Drawn  # [T, B, ...]
+    mask: Bool[Array, "T B"]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "settings"))
@@ -193,7 +219,7 @@ def generate(
 ) -> Rollout:
     """Samples `settings.samples_per_prompt` responses to each prompt.
 
-    Stops when every sequence has sampled an end token or max_new_tokens is reached. Token t of the
+    Stops when every sequence has sampled an end token or max_new_tokens is reached. Column t of the
     batch is drawn with fold_in(key, t).
     """
     decoder = model.bind(params)
@@ -205,61 +231,66 @@ def generate(
     ]
     unembedding = decoder.unembedding_matrix()
     samples, length = settings.samples_per_prompt, settings.max_new_tokens
-    hidden, caches = _prefill(decoder, prompts, settings)
-    hidden = jnp.repeat(hidden, samples, axis=0)
-    batch = len(hidden)
+    hidden, caches = _prefill(decoder, prompts, samples)
     prompt_lengths = jnp.repeat(positions_of(prompts.mask)[:, -1] + 1, samples)
-    end_ids = jnp.asarray(settings.end_ids, jnp.int32)
+    batch, end_ids = len(prompt_lengths), jnp.asarray(settings.end_ids, jnp.int32)
 
-    def room(shape, dtype):
-        return constrain(jnp.zeros((length, batch, *shape), dtype), None, "batch")
-
-    k = settings.top_k_capture
-    record = Drawn(
-        room((), jnp.int32),
-        room((), jnp.float32),
-        room((k,), jnp.int32),
-        room((k,), jnp.float32),
-        room((), jnp.float32),
-    )
-
-    def going(state):
-        step, _, _, active, _, _ = state
-        return (step < length) & jnp.any(active)
-
-    def advance(state):
-        step, hidden, caches, active, record, mask = state
+    def draw_column(hidden, progress: _Progress) -> _Progress:
+        step, caches, active, record, mask = progress
         logits = jnp.dot(hidden, unembedding.T, preferred_element_type=jnp.float32)
-        drawn = draw(logits, jax.random.fold_in(key, step), settings.temperature, k)
+        column_key = jax.random.fold_in(key, step)
+        drawn = draw(logits, column_key, settings.temperature, settings.top_k_capture)
         drawn = jax.tree.map(
             lambda leaf: jnp.where(active.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0), drawn
         )
         record = jax.tree.map(lambda room, leaf: room.at[step].set(leaf), record, drawn)
         mask = mask.at[step].set(active)
-        active = active & ~jnp.isin(drawn.token, end_ids)
-        hidden, caches = _decode(
-            decoder, blocks, caches, drawn.token, step, prompts.mask, prompt_lengths + step
-        )
-        return step + 1, hidden, caches, active, record, mask
+        return _Progress(step + 1, caches, active & ~jnp.isin(drawn.token, end_ids), record, mask)
 
-    start = (
-        jnp.int32(0),
-        hidden,
-        caches,
-        jnp.ones((batch,), bool),
-        record,
-        room((), bool),
+    def advance(progress: _Progress) -> _Progress:
+        column = progress.step - 1
+        hidden, caches = _decode(
+            decoder,
+            blocks,
+            progress.caches,
+            progress.record.token[column],
+            column,
+            prompts.mask,
+            prompt_lengths + column,
+        )
+        return draw_column(hidden, progress._replace(caches=caches))
+
+    def room(shape, dtype):
+        return constrain(jnp.zeros((length, batch, *shape), dtype), None, "batch")
+
+    stored = (settings.top_k_capture,)
+    record = Drawn(
+        token=room((), jnp.int32),
+        logp=room((), jnp.float32),
+        topk_ids=room(stored, jnp.int32),
+        topk_logp=room(stored, jnp.float32),
+        entropy=room((), jnp.float32),
     )
-    _, _, _, active, record, mask = jax.lax.while_loop(going, advance, start)
-    by_row = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), record)
+    progress = draw_column(
+        jnp.repeat(hidden, samples, axis=0),
+        _Progress(jnp.int32(0), caches, jnp.ones((batch,), bool), record, room((), bool)),
+    )
+    for end in _stages(length):
+        progress = progress._replace(caches=[_grown(cache, end) for cache in progress.caches])
+        # Drawing column t reads a cache of t columns: columns up to `end` fit this stage.
+        last = min(end + 1, length)
+        progress = jax.lax.while_loop(
+            lambda p, last=last: (p.step < last) & jnp.any(p.active), advance, progress
+        )
+    by_row = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), progress.record)
     return Rollout(
         prompt_tokens=jnp.repeat(prompts.tokens, samples, axis=0),
         prompt_mask=jnp.repeat(prompts.mask, samples, axis=0),
         response_tokens=by_row.token,
-        response_mask=mask.T,
+        response_mask=progress.mask.T,
         logp_rollout=by_row.logp,
         topk_ids=by_row.topk_ids,
         topk_logp_rollout=by_row.topk_logp,
         entropy_rollout=by_row.entropy,
-        finish_reason=jnp.where(active, FINISH_LENGTH, FINISH_STOP),
+        finish_reason=jnp.where(progress.active, FINISH_LENGTH, FINISH_STOP).astype(jnp.int32),
     )

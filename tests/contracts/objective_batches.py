@@ -1,7 +1,6 @@
 """Batches for the objective tests, made of real distributions so that every field is consistent."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -81,36 +80,32 @@ def take_rows(tree, rows):
     return jax.tree.map(lambda values: values[rows], tree)
 
 
-def scribble_padding(stats, batch, value):
-    """Every float outside response_mask replaced by `value`, every id by 7."""
-    mask = batch.rollout.response_mask
+def scribble_padding(stats, batch, columns):
+    """The same responses with more columns, and outside response_mask NaN, 1e9 and id 7 in turn."""
+    narrow = batch.rollout.response_mask
+    mask = jnp.pad(narrow, [(0, 0), (0, columns)])
 
     def outside(values):
-        fill = value if jnp.issubdtype(values.dtype, jnp.floating) else 7
-        broadcast = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
-        return jnp.where(broadcast, values, jnp.asarray(fill, values.dtype))
+        if values.ndim < 2 or values.shape[:2] != narrow.shape:
+            return values
+        trailing = (1,) * (values.ndim - 2)
+        wide = jnp.pad(values, [(0, 0), (0, columns)] + [(0, 0)] * (values.ndim - 2))
+        poison = jnp.where(jnp.arange(mask.shape[1]) % 2, jnp.nan, 1e9).reshape(-1, *trailing)
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            poison = jnp.asarray(7, values.dtype)
+        return jnp.where(mask.reshape(*mask.shape, *trailing), wide, poison)
 
-    rollout = batch.rollout
-    rollout = replace(
-        rollout,
-        response_tokens=outside(rollout.response_tokens),
-        logp_rollout=outside(rollout.logp_rollout),
-        topk_ids=outside(rollout.topk_ids),
-        topk_logp_rollout=outside(rollout.topk_logp_rollout),
-        entropy_rollout=outside(rollout.entropy_rollout),
-    )
-    batch = Batch(
-        rollout,
+    fields = {name: outside(values) for name, values in vars(batch.rollout).items()}
+    return TokenStats(*map(outside, vars(stats).values())), Batch(
+        replace(batch.rollout, **fields | {"response_mask": mask}),
         outside(batch.advantages),
         outside(batch.logp_old),
         outside(batch.topk_logp_old),
     )
-    return jax.tree.map(outside, stats), batch
 
 
-@partial(jax.jit, static_argnums=0)
 def loss_and_gradient(objective, stats, batch):
-    """The objective's LossSum and d loss_sum / d stats (every field), compiled."""
+    """The objective's LossSum and d loss_sum / d stats (every field)."""
 
     def loss_sum(stats):
         result = objective.loss(stats, batch)

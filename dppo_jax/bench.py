@@ -1,0 +1,191 @@
+"""Measured speed of one training step, against what this machine's matrix products reach."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dppo_jax.advantages import group_mean_baseline
+from dppo_jax.console import Console
+from dppo_jax.models.decoder import DecoderConfig, Model
+from dppo_jax.objectives import dppo_binary_tv
+from dppo_jax.optimizer import adamw
+from dppo_jax.records import Batch, Prompts
+from dppo_jax.sampling.generate import SamplingConfig, generate
+from dppo_jax.scoring import score
+from dppo_jax.update import init_state, make_update
+
+PEAK_SIZE = 2048  # of the square matrices whose product is the peak
+
+
+def forward_flops(config: DecoderConfig, tokens: int, contexts: int, predictions: int) -> float:
+    """Multiply-adds x 2 of a forward pass, the work that no implementation can leave out.
+
+    `tokens` go through the layers, attend to `contexts` keys in all (causal: half the square) and
+    `predictions` of them through the unembedding.
+    """
+    c = config
+    projections = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
+    layer = projections + 3 * c.width * c.mlp_width
+    attention = 2 * c.heads * c.head_size * contexts
+    return 2.0 * (c.layers * (layer * tokens + attention) + c.width * c.vocab_size * predictions)
+
+
+def step_flops(config: DecoderConfig, prompts: int, samples: int, length: int, new: int):
+    """Flops of sampling, scoring and update for a step without early ends.
+
+    Sampling runs each prompt once; scoring and update run each sequence whole, the update three
+    times (forward, and twice that backward). The last token predicts nothing.
+    """
+    batch, whole = prompts * samples, length + new - 1
+    decoded = new - 1
+    in_prompt = prompts * length * (length + 1) / 2
+    in_response = batch * (decoded * length + decoded * (decoded + 1) / 2)
+    sampling = forward_flops(
+        config,
+        prompts * length + batch * decoded,
+        in_prompt + in_response,
+        prompts + batch * decoded,
+    )
+    scoring = forward_flops(config, batch * whole, batch * whole * (whole + 1) / 2, batch * new)
+    return {"sampling": sampling, "scoring": scoring, "update": 3 * scoring}
+
+
+def seconds_of(run: Callable[[], Any], repeats: int) -> list[float]:
+    """Wall seconds of each of `repeats` runs, after one that compiles."""
+    jax.block_until_ready(run())
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def matmul_peak(repeats: int = 10) -> float:
+    """Flops a second of the best float32 product of two square matrices through XLA."""
+    a = jax.random.normal(jax.random.key(0), (PEAK_SIZE, PEAK_SIZE))
+    product = jax.jit(lambda x: x @ x)
+    return 2 * PEAK_SIZE**3 / min(seconds_of(lambda: product(a), repeats))
+
+
+def bench_step(
+    *,
+    vocab: int,
+    width: int,
+    layers: int,
+    head_size: int,
+    mlp: int,
+    prompts: int,
+    samples: int,
+    prompt_length: int,
+    response_length: int,
+    top_k: int,
+    microbatches: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Times the parts of a DPPO-Binary-TV step on random weights; nothing ends early.
+
+    A step is sampling and one update: with the rollout as anchor DPPO scores inside the update.
+    Scoring alone, what a recomputed anchor would add, is timed beside it. Times are medians.
+    """
+    heads = width // head_size
+    config = DecoderConfig(
+        vocab_size=vocab,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_size=head_size,
+        mlp_width=mlp,
+    )
+    settings = SamplingConfig(
+        max_new_tokens=response_length, samples_per_prompt=samples, top_k_capture=top_k
+    )
+    settings.check(vocab)
+    model, key = Model(config), jax.random.key(0)
+    optimizer = adamw(learning_rate=1e-6)
+    state = init_state(jax.jit(model.init)(key), optimizer)
+    tokens = jax.random.randint(key, (prompts, prompt_length), 0, vocab)
+    asked = Prompts(tokens, jnp.ones_like(tokens, bool))
+    peak_before = matmul_peak()
+
+    rollout = generate(model, state.params, asked, key, settings=settings)
+    sampling = seconds_of(
+        lambda: generate(model, state.params, asked, key, settings=settings), repeats
+    )
+    scorer = jax.jit(lambda params, rollout: score(model, params, rollout, temperature=1.0))
+    scoring = seconds_of(lambda: scorer(state.params, rollout), repeats)
+    rewards = (rollout.response_tokens % 2).mean(axis=1).reshape(prompts, samples)
+    advantages = group_mean_baseline(rewards).reshape(-1, 1)
+    batch = Batch(rollout, jnp.broadcast_to(advantages, rollout.response_mask.shape))
+    update = make_update(
+        model, dppo_binary_tv(), optimizer, temperature=1.0, microbatches=microbatches
+    )
+
+    def run_update():
+        nonlocal state
+        state, metrics = update(state, batch)
+        return state, metrics
+
+    updating = seconds_of(run_update, repeats)
+    peak = max(peak_before, matmul_peak())
+    flops = step_flops(config, prompts, samples, prompt_length, response_length)
+    parts = {}
+    for name, seconds in (("sampling", sampling), ("scoring", scoring), ("update", updating)):
+        median = statistics.median(seconds)
+        parts[name] = {
+            "seconds": median,
+            "seconds_min": min(seconds),
+            "flops": flops[name],
+            "fraction_of_peak": flops[name] / median / peak,
+            "in_step": name != "scoring",
+        }
+    in_step = [part for part in parts.values() if part["in_step"]]
+    seconds = sum(part["seconds"] for part in in_step)
+    work = sum(part["flops"] for part in in_step)
+    return {
+        "seconds": seconds,
+        "flops": work,
+        "fraction_of_peak": work / seconds / peak,
+        "tokens_per_second": prompts * samples * response_length / seconds,
+        "parts": parts,
+        "peak_flops_per_second": peak,
+        "shape": dict(
+            vocab=vocab, width=width, layers=layers, heads=heads, head_size=head_size, mlp=mlp,
+            prompts=prompts, samples=samples, prompt_length=prompt_length,
+            response_length=response_length, top_k=top_k, microbatches=microbatches,
+            parameters=int(sum(np.prod(p.shape) for p in jax.tree.leaves(model.abstract_params))),
+        ),
+        "repeats": repeats,
+        "machine": {
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "cores": os.cpu_count(),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+    }  # fmt: skip
+
+
+def show_step(result: dict[str, Any]) -> None:
+    """The result as a table."""
+
+    def row(part):
+        return (
+            f"{part['seconds']:.3f} s   {part['flops'] / 1e9:.1f} GFLOP   "
+            f"{part['fraction_of_peak']:.0%} of peak"
+        )
+
+    rows = {name: row(part) for name, part in result["parts"].items()}
+    rows["scoring (not in the step)"] = rows.pop("scoring")
+    rows["step"] = row(result)
+    rows["tokens a second"] = f"{result['tokens_per_second']:,.0f}"
+    rows["matmul peak"] = f"{result['peak_flops_per_second'] / 1e9:.0f} GFLOP/s float32"
+    Console().table("one DPPO-Binary-TV step", rows)
