@@ -80,9 +80,7 @@ def topk_kl(
         _union(logp_anchor, tokens, topk_ids, topk_logp_anchor),
         _union(logp, tokens, topk_ids, topk_logp),
     )
-    rest = _kl_term(
-        log1mexp(jax.nn.logsumexp(anchor, axis=-1)), log1mexp(jax.nn.logsumexp(current, axis=-1))
-    )
+    rest = _kl_term(_log_rest(anchor), _log_rest(current))
     return jnp.maximum(_kl_term(anchor, current).sum(-1) + rest, 0.0)
 
 
@@ -161,6 +159,15 @@ def _union(
     repeats: Bool[Array, "*N K"] = topk_ids == tokens[..., None]
     slots = jnp.where(repeats, -jnp.inf, topk_logp)
     return jnp.concatenate([logp[..., None], slots], axis=-1)
+
+
+def _log_rest(log_buckets: Float[Array, "*N J"]) -> Float[Array, "*N"]:
+    """log(1 - Σ p), with as many digits as the complement of the largest bucket has."""
+    largest = jnp.argmax(log_buckets, axis=-1, keepdims=True)
+    is_largest = jnp.arange(log_buckets.shape[-1]) == largest
+    others = jnp.where(is_largest, 0.0, jnp.exp(log_buckets)).sum(-1)
+    complement = -jnp.expm1(log_buckets.max(-1))
+    return jnp.log(jnp.maximum(complement - others, -LOGP_CEILING))
 
 
 def _slot_residual(topk_logp: Float[Array, "*N K"]) -> Float[Array, "*N"]:

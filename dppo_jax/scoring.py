@@ -27,6 +27,7 @@ def score(model: Model, params: Params, rollout: Rollout, *, temperature: float)
         decoder.unembedding_matrix(),
         ids.reshape(batch * length, -1),
         temperature=temperature,
+        stored_gradient=False,  # divergences are masks: no objective differentiates them
     )
     logp = (out.logit_at - out.lse[:, None]).reshape(batch, length, -1)
     return TokenStats(logp[..., 0], logp[..., 1:], out.entropy.reshape(batch, length))
