@@ -24,7 +24,7 @@ from dppo_jax.update import init_state, make_update
 PEAK_SIZE = 2048  # of the square matrices whose product is the peak
 
 
-def forward_flops(config: DecoderConfig, tokens: int, contexts: int, predictions: int) -> float:
+def forward_flops(config: DecoderConfig, tokens: int, contexts: float, predictions: int) -> float:
     """Multiply-adds x 2 of a forward pass, the work that no implementation can leave out.
 
     `tokens` go through the layers, attend to `contexts` keys in all (causal: half the square) and
@@ -37,7 +37,9 @@ def forward_flops(config: DecoderConfig, tokens: int, contexts: int, predictions
     return 2.0 * (c.layers * (layer * tokens + attention) + c.width * c.vocab_size * predictions)
 
 
-def step_flops(config: DecoderConfig, prompts: int, samples: int, length: int, new: int):
+def step_flops(
+    config: DecoderConfig, prompts: int, samples: int, length: int, new: int
+) -> dict[str, float]:
     """Flops of sampling, scoring and update for a step without early ends.
 
     Sampling runs each prompt once; scoring and update run each sequence whole, the update three
@@ -138,11 +140,11 @@ def bench_step(
     peak = max(peak_before, matmul_peak())
     flops = step_flops(config, prompts, samples, prompt_length, response_length)
     parts = {}
-    for name, seconds in (("sampling", sampling), ("scoring", scoring), ("update", updating)):
-        median = statistics.median(seconds)
+    for name, measured in (("sampling", sampling), ("scoring", scoring), ("update", updating)):
+        median = statistics.median(measured)
         parts[name] = {
             "seconds": median,
-            "seconds_min": min(seconds),
+            "seconds_min": min(measured),
             "flops": flops[name],
             "fraction_of_peak": flops[name] / median / peak,
             "in_step": name != "scoring",

@@ -87,17 +87,33 @@ class Checkpoints:
         self._manager.close()
 
 
+def newest_step(directory: Path) -> int | None:
+    """The step of a run's newest whole checkpoint; None where there is none.
+
+    `directory` is a run directory or its `checkpoints` folder.
+    """
+    folder = epath.Path(_folder(directory))
+    if not folder.is_dir():
+        return None
+    numbered = (entry for entry in folder.iterdir() if entry.name.isdigit())
+    whole = (entry for entry in numbered if ocp.utils.is_checkpoint_finalized(entry))
+    return max((int(entry.name) for entry in whole), default=None)
+
+
+def _folder(directory: Path) -> Path:
+    inside = directory.absolute() / "checkpoints"
+    return inside if inside.is_dir() else directory.absolute()
+
+
 def load_params(directory: Path, like: Params) -> Params:
     """The parameters alone of a run's newest checkpoint, in the shapes and shardings of `like`.
 
     `directory` is a run directory or its `checkpoints` folder.
     """
-    if (directory / "checkpoints").is_dir():
-        directory = directory / "checkpoints"
-    steps = [int(entry.name) for entry in directory.glob("*") if entry.name.isdigit()]
-    if not steps:
+    step = newest_step(directory)
+    if step is None:
         raise CheckpointError(f"{directory} holds no checkpoint: give a run directory")
-    path = epath.Path(directory.absolute()) / str(max(steps)) / "state"
+    path = epath.Path(_folder(directory)) / str(step) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
         target = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
         try:

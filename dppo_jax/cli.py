@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+GIVEN = ("workdir", "console", "configuration")  # what `train` gets from here, not from a recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,9 +131,8 @@ def _train(options: argparse.Namespace) -> None:
     from dppo_jax.multihost import is_writer
     from dppo_jax.train import train
 
-    given = ("workdir", "console")
     overrides, _ = split_overrides(options.overrides)
-    recipe = load_recipe(options.recipe, train, overrides, given)
+    recipe = load_recipe(options.recipe, train, overrides, GIVEN)
     name = recipe.path.stem
     workdir = Path(options.workdir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
     asked = workdir / "config.gin"
@@ -143,13 +143,13 @@ def _train(options: argparse.Namespace) -> None:
         )
     if workdir.exists() and not asked.exists() and any(workdir.iterdir()):
         raise ValueError(f"{workdir} is not empty and holds no run: choose another --workdir")
-    arguments = recipe.arguments(given=given)
-    if is_writer():
-        workdir.mkdir(parents=True, exist_ok=True)
-        _write_whole(workdir / "operative_config.gin", recipe.operative_config_text())
-        _write_whole(asked, recipe.config_text())
+    arguments = recipe.arguments(given=GIVEN)
     console = Console(quiet=not is_writer())
-    summary = train(workdir=str(workdir), console=console, **arguments)
+    texts = {
+        "operative_config.gin": recipe.operative_config_text(),
+        "config.gin": recipe.config_text(),
+    }
+    summary = train(workdir=str(workdir), console=console, configuration=texts, **arguments)
     console.table(
         f"{name}: done",
         {
@@ -167,13 +167,6 @@ def _with_interval(evaluation: dict) -> str:
     return f"{evaluation['accuracy']:.3f}  (95 % interval {low:.3f} to {high:.3f})"
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """All of the file or nothing of it."""
-    unfinished = path.with_name(path.name + ".new")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
 def _eval(options: argparse.Namespace) -> None:
     _tune_for_cpu()
     from dppo_jax.config import load_recipe, split_overrides
@@ -182,7 +175,7 @@ def _eval(options: argparse.Namespace) -> None:
     from dppo_jax.train import train
 
     overrides, _ = split_overrides(options.overrides)
-    recipe = load_recipe(options.recipe, train, overrides, ("workdir", "console"))
+    recipe = load_recipe(options.recipe, train, overrides, GIVEN)
     names = (
         "model", "tokenizer", "dataset", "data_dir", "verifier", "sampling", "prompts_per_step",
         "max_prompt_tokens", "too_long", "mesh", "eval_split", "eval_prompts", "seed",

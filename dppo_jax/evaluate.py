@@ -47,8 +47,7 @@ def sample(
     settings: SamplingConfig,
 ) -> Rollout:
     """Responses to every prompt of the batch, on the devices."""
-    rows = Prompts(batch.tokens, batch.mask)  # type: ignore[arg-type]  # host arrays become global
-    prompts = to_global_rows(rows, batch_sharding(mesh))
+    prompts = Prompts(*to_global_rows((batch.tokens, batch.mask), batch_sharding(mesh)))
     return generate(model, params, prompts, key, settings=settings)
 
 

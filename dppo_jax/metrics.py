@@ -2,20 +2,30 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from dppo_jax.records import Max, Metrics
+from dppo_jax.records import Max, Metric, Metrics
 
 
-def reduce_metrics(metrics: Metrics) -> dict[str, float]:
-    """Mean -> sum / count (NaN where nothing was counted), Max -> its value; one device fetch."""
-    fetched = jax.device_get(metrics)
-    return {
-        name: float(m.value) if isinstance(m, Max) else float(m.sum) / (float(m.count) or math.nan)
-        for name, m in fetched.items()
-    }
+def reduce_metrics(*gradient_steps: Metrics) -> dict[str, float]:
+    """One number a metric over all gradient steps; one device fetch.
+
+    Mean: sum of sums / sum of counts, NaN where nothing was counted. Max: the largest value.
+    """
+
+    def reduce(each: Sequence[Metric]) -> float:
+        values = np.array([tuple(m) for m in each], np.float64)  # [gradient steps, 1 or 2]
+        if isinstance(each[0], Max):
+            return float(values.max())
+        total, count = values.sum(axis=0).tolist()
+        return total / (count or math.nan)
+
+    fetched = jax.device_get(gradient_steps)
+    return {name: reduce([metrics[name] for metrics in fetched]) for name in fetched[0]}
 
 
 class CompilationCounter:
@@ -25,7 +35,7 @@ class CompilationCounter:
         self.total = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **_):
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         self.total += event == "/jax/core/compile/backend_compile_duration"
 
 

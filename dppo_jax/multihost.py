@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 
 def to_global_rows(rows: Any, sharding: NamedSharding) -> Any:
@@ -19,6 +19,7 @@ def to_local_rows(arrays: Any, sharding: NamedSharding) -> Any:
     """The inverse of `to_global_rows`: the rows that this process put in, on the host."""
     if jax.process_count() == 1:
         return jax.device_get(arrays)
+    assert isinstance(sharding.mesh, Mesh), "arrays of a run live on real devices"
     local = multihost_utils.global_array_to_host_local_array(arrays, sharding.mesh, sharding.spec)
     return jax.device_get(local)
 

@@ -69,7 +69,7 @@ class Mean(NamedTuple):
     """A metric that leaves a step unreduced: sums and counts add over microbatches and hosts."""
 
     sum: Float[Array, "*stacked"]
-    count: Float[Array, "*stacked"]
+    count: Float[Array, "*stacked"]  # type: ignore[assignment]  # nobody calls tuple.count
 
 
 class Max(NamedTuple):

@@ -32,8 +32,8 @@ def demonstration_rows(
     *,
     max_prompt_tokens: int,
     max_response_tokens: int,
-) -> Rollout:
-    """Demonstrations in the form of a rollout (host arrays), so that `score` reads them.
+) -> dict[str, np.ndarray]:
+    """Demonstrations as the fields of a `Rollout`, on the host, so that `score` reads them.
 
     A demonstration longer than max_response_tokens raises ValueError: it could never be sampled.
     """
@@ -53,7 +53,7 @@ def demonstration_rows(
         response_tokens[row, : len(response)] = response
         response_mask[row, : len(response)] = True
     nothing = np.zeros((rows, max_response_tokens), np.float32)
-    return Rollout(  # type: ignore[arg-type]  # host arrays, put on devices by the caller
+    return dict(
         prompt_tokens=prompt_tokens,
         prompt_mask=prompt_mask,
         response_tokens=response_tokens,
@@ -109,7 +109,8 @@ def train_supervised(
             max_prompt_tokens=max_prompt_tokens,
             max_response_tokens=max_response_tokens,
         )
-        state, metrics = jitted(state, to_global_rows(rows, batch_sharding(mesh)))
+        rollout = Rollout(**to_global_rows(rows, batch_sharding(mesh)))
+        state, metrics = jitted(state, rollout)
         if step % report_every == 0 or step == steps:
             nll = metrics["loss/nll"]
             report(step, float(nll.sum) / float(nll.count))

@@ -6,8 +6,9 @@ prompts -> sampling -> rewards -> advantages -> scoring -> divergence, objective
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from dppo_jax.advantages import group_mean_baseline
-from dppo_jax.checkpoint import Checkpoints
+from dppo_jax.checkpoint import Checkpoints, newest_step
 from dppo_jax.console import Console
 from dppo_jax.evaluate import (
     Evaluation,
@@ -68,14 +69,17 @@ def train(
     samples_logged: int = 2,
     seed: int = 0,
     console: Console | None = None,
-) -> dict:
+    configuration: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Trains a policy and returns what `summary.json` holds.
 
     A step samples `sampling.samples_per_prompt` responses to each of `prompts_per_step` prompts and
     takes `minibatches` gradient steps over them, each accumulated over `microbatches`. A `workdir`
     that holds a run is resumed at its newest checkpoint. Evaluation over `eval_prompts` held-out
     prompts (all of them where None) happens before, every `eval_every` steps (0: never) and after.
-    Raises ValueError with one line where the configuration contradicts itself.
+    Raises ValueError with one line where the configuration contradicts itself, and then leaves no
+    `workdir` behind. `configuration` is what the run was asked for, as texts by file name; they
+    are written beside the first checkpoint.
     """
     # ---- what the run is made of ------------------------------------------------------------
     started = time.monotonic()
@@ -126,8 +130,7 @@ def train(
         )
 
     # ---- restart order: the run's own newest checkpoint, else the initial policy -------------
-    checkpoints = Checkpoints(directory / "checkpoints")
-    done = checkpoints.latest()
+    done = newest_step(directory)
     summary_path = directory / "summary.json"
     if done == steps and summary_path.exists():
         console.say(f"{directory} holds this run, complete: nothing to do")
@@ -154,20 +157,24 @@ def train(
             state = init_state(initial_policy(context), optimizer)
             before = accuracy(state.params)
             console.say(f"initial policy: held-out accuracy {before.accuracy:.3f}")
-            position = {
+            position: dict[str, Any] = {
                 "prompts": prompts.get_state(),
                 "before": before.as_dict(),
                 "seconds": time.monotonic() - started,
             }
-            checkpoints.save(0, state, key, position)
             seconds_before = 0.0
+            _write_files(directory, configuration or {})
+            checkpoints = Checkpoints(directory / "checkpoints")
+            checkpoints.save(0, state, key, position)
         else:
             shardings = shardings_of(network.logical_axes, devices)
             like = init_state(jax.jit(network.init, out_shardings=shardings)(key), optimizer)
-            state, saved_key, position = checkpoints.restore(done, like, key)
+            checkpoints = Checkpoints(directory / "checkpoints")
+            state, _, position = checkpoints.restore(done, like, key)
             prompts.set_state(position["prompts"])
             before = Evaluation(**position["before"])
             seconds_before = position["seconds"]
+            _write_files(directory, configuration or {})
             console.say(f"resuming {directory} after step {done} of {steps}")
         log = JsonLines(directory / "metrics.jsonl", resume_at=done)
         samples = JsonLines(directory / "samples.jsonl", resume_at=done)
@@ -340,6 +347,17 @@ def _check(
     )
 
 
+def _write_files(directory: Path, texts: Mapping[str, str]) -> None:
+    """Each file as a whole or not at all; by the writing process."""
+    if not is_writer():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        unfinished = directory / f"{name}.new"
+        unfinished.write_text(text)
+        unfinished.replace(directory / name)
+
+
 def _batch(rollout: Rollout, advantages: jax.Array, rows: NamedSharding) -> Batch:
     """The rollout with each sequence's advantage [P, G] at all of its tokens."""
     by_row = to_global_rows(np.asarray(advantages).reshape(-1, 1), rows)
@@ -347,16 +365,12 @@ def _batch(rollout: Rollout, advantages: jax.Array, rows: NamedSharding) -> Batc
 
 
 def _step_numbers(metrics: Sequence[Metrics]) -> dict[str, float]:
-    """One number a metric: the mean over the step's gradient steps, and for `mismatch/*` the first.
+    """One number a metric, over all of the step's gradient steps; `mismatch/*` of the first alone.
 
     Before the first gradient step the policy is the sampler's, so what differs is numerical.
     """
-    reduced = [reduce_metrics(each) for each in metrics]
-    numbers = {
-        name: float(np.mean([each[name] for each in reduced])) if len(reduced) > 1 else value
-        for name, value in reduced[0].items()
-    }
-    return numbers | {k: v for k, v in reduced[0].items() if k.startswith("mismatch/")}
+    first = {name: m for name, m in metrics[0].items() if name.startswith("mismatch/")}
+    return reduce_metrics(*metrics) | reduce_metrics(first)
 
 
 def _refuse_not_finite(numbers: dict[str, float], step: int) -> None:

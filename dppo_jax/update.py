@@ -90,8 +90,8 @@ def gradient_step(
     one = jnp.float32(1)
     metrics = total.metrics | {
         "loss/total": Mean(total.loss_sum, total.weight_sum),
-        "update/gradient_norm": Mean(optax.global_norm(grads), one),
-        "update/step_norm": Mean(optax.global_norm(updates), one),
+        "update/gradient_norm": Mean(optax.tree.norm(grads), one),
+        "update/step_norm": Mean(optax.tree.norm(updates), one),
     }
     return TrainState(params, opt_state, state.step + 1), metrics
 

@@ -131,6 +131,16 @@ def test_coarser_buckets_see_less(seed, scale, drift):
         assert (np.diff(chain) >= -slack).all(), chain
 
 
+def test_rest_keeps_its_digits_beside_a_certain_token():
+    """The rest of (1 - 3e-5, 1e-5, 2e-5) and of (1 - 3e-4, 1e-4, 2e-4): 1 - Σp in float32 would
+    give it an error of 6e-8 of one, not of itself."""
+    mu, pi = (np.array([1 - 3 * s, s, 2 * s]) for s in (1e-5, 1e-4))
+    expected = (mu * np.log(mu / pi)).sum()
+    stored = [jnp.asarray(np.log(p[:2]), jnp.float32) for p in (mu, pi)]
+    args = stored[0][0], stored[1][0], jnp.int32(0), jnp.array([0, 1]), *stored
+    np.testing.assert_allclose(divergence.topk_kl(*args), expected, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.49, 0.51, 0.9, 1 - 1e-6])
 def test_log1mexp(p):
     x = np.float32(np.log(p))

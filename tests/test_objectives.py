@@ -23,7 +23,12 @@ sys.path[:0] = [str(TESTS / "contracts"), str(TESTS / "golden")]
 import check  # noqa: E402
 from golden_files import read_cases, read_rows  # noqa: E402
 from golden_modes import MODES  # noqa: E402
-from objective_batches import from_probabilities, loss_and_gradient, make_batch  # noqa: E402
+from objective_batches import (  # noqa: E402
+    from_probabilities,
+    loss_and_gradient,
+    make_batch,
+    scribble_padding,
+)
 
 # mu, pi, kept at A = +1 by (GRPO .2/.28, TV .15, TV .2, KL .05), and the same at A = -1
 TABLE = [
@@ -268,6 +273,15 @@ def test_masks_follow_their_definition(log_mu, log_pi, advantage):
         np.testing.assert_allclose(gradient.logp, [[expected]], rtol=2e-5, atol=1e-30)
 
 
+def test_a_token_that_became_impossible_stays_finite():
+    """π = 0 at a sampled token: weight 0, no gradient, and the limit 0 of r log π in the loss."""
+    for objective in (o.pg_is(), o.dppo_binary_tv(), o.grpo()):
+        batch = from_probabilities([0.5, 0.5], [0.0, 0.4], [1.0, 1.0])
+        result, gradient = loss_and_gradient(objective, *batch)
+        np.testing.assert_allclose(result.loss_sum, -0.8 * math.log(0.4), rtol=1e-6)
+        np.testing.assert_allclose(gradient.logp, [[0.0, -0.8]], rtol=1e-6)
+
+
 def test_refuses_nonsense():
     for bad in (
         lambda: o.dppo_binary_tv(-0.1),
@@ -306,3 +320,20 @@ def test_a_new_loss_fits_in_ten_lines():
     _, gradient = loss_and_gradient(drpo(), *from_probabilities(mu, pi, a))
     weight = 1 - np.sign(a * (pi / mu - 1)) * np.abs(pi - mu) / 0.15
     np.testing.assert_allclose(gradient.logp[0], -a * pi / mu * weight, rtol=1e-4)
+
+
+def test_a_new_loss_sees_no_padding():
+    """NaN and 1e9 outside response_mask reach neither its value nor its gradient, even where the
+    loss itself would turn them into NaN."""
+
+    def ratio_times_advantage(stats, batch):
+        loss = -batch.advantages * jnp.exp(stats.logp - batch.rollout.logp_rollout)
+        return o.TokenLoss(loss, jnp.ones(loss.shape, jnp.bool_))
+
+    stats, batch = make_batch()
+    objective = o.from_token_loss(ratio_times_advantage)
+    clean, clean_gradient = loss_and_gradient(objective, stats, batch)
+    dirty, dirty_gradient = loss_and_gradient(objective, *scribble_padding(stats, batch, 0))
+    np.testing.assert_allclose(dirty.loss_sum, clean.loss_sum, rtol=1e-6)
+    np.testing.assert_array_equal(dirty_gradient.logp, clean_gradient.logp)
+    assert clean_gradient.logp.any()

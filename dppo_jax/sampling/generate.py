@@ -279,9 +279,11 @@ def generate(
         progress = progress._replace(caches=[_grown(cache, end) for cache in progress.caches])
         # Drawing column t reads a cache of t columns: columns up to `end` fit this stage.
         last = min(end + 1, length)
-        progress = jax.lax.while_loop(
-            lambda p, last=last: (p.step < last) & jnp.any(p.active), advance, progress
-        )
+
+        def unfinished(p: _Progress, last: int = last) -> Bool[Array, ""]:
+            return (p.step < last) & jnp.any(p.active)
+
+        progress = jax.lax.while_loop(unfinished, advance, progress)
     by_row = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), progress.record)
     return Rollout(
         prompt_tokens=jnp.repeat(prompts.tokens, samples, axis=0),

@@ -1,0 +1,86 @@
+"""Sums and counts to numbers, and the file that they are written to."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
+from dppo_jax.records import Max, Mean
+
+
+def mean(total, count):
+    return Mean(jnp.float32(total), jnp.float32(count))
+
+
+def steps_in(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_mean_is_its_sum_by_its_count():
+    numbers = reduce_metrics({"a": mean(6, 4), "b": Max(jnp.float32(-2)), "c": mean(0, 0)})
+    assert numbers["a"] == 1.5 and numbers["b"] == -2 and math.isnan(numbers["c"])
+
+
+def test_gradient_steps_combine_as_microbatches_do():
+    """Sums and counts add: 1 of 1 and 3 of 9 is 4 of 10, and what counted nothing adds nothing."""
+    first = {"a": mean(1, 1), "b": Max(jnp.float32(2)), "c": mean(0, 0)}
+    second = {"a": mean(3, 9), "b": Max(jnp.float32(5)), "c": mean(2, 4)}
+    assert reduce_metrics(first, second) == {"a": 0.4, "b": 5.0, "c": 0.5}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_visible(bad):
+    first, second = (
+        {"a": mean(bad, 1), "b": Max(jnp.float32(bad))},
+        {"a": mean(1, 1), "b": Max(jnp.float32(0))},
+    )
+    for numbers in (reduce_metrics(first, second), reduce_metrics(second, first)):
+        assert not math.isfinite(numbers["a"]) and not math.isfinite(numbers["b"])
+
+
+def test_lines_of_json(tmp_path):
+    log = JsonLines(tmp_path / "m.jsonl")
+    log.write(step=0, good=1.5, none=math.nan, endless=-math.inf, text="x\ny", yes=True, n=3)
+    log.write(step=1, good=2.0)
+    written = (tmp_path / "m.jsonl").read_text()  # flushed before it is closed
+    log.close()
+    first, second = map(json.loads, written.splitlines())
+    assert first == dict(step=0, good=1.5, none=None, endless=None, text="x\ny", yes=True, n=3)
+    assert second == dict(step=1, good=2.0)
+
+
+def test_resuming_drops_the_steps_that_come_again(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 1, 1, 2, 3)))
+    log = JsonLines(path, resume_at=2)
+    assert steps_in(path) == [0, 1, 1]
+    log.write(step=2)
+    log.close()
+    assert steps_in(path) == [0, 1, 1, 2]
+
+
+def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1, "reward')
+    log = JsonLines(path, resume_at=5)
+    log.write(step=1)
+    log.close()
+    assert steps_in(path) == [0, 1]
+
+
+def test_resuming_without_a_file_begins_one(tmp_path):
+    JsonLines(tmp_path / "m.jsonl", resume_at=0).close()
+    assert (tmp_path / "m.jsonl").read_text() == ""
+
+
+def test_compilations_are_counted():
+    counter, double = CompilationCounter(), jax.jit(lambda x: 2 * x)
+    x = jnp.ones(3)
+    before = counter.total
+    double(x)
+    assert counter.total == before + 1
+    double(x)
+    assert counter.total == before + 1
