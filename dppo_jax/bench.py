@@ -42,21 +42,15 @@ def step_flops(
 ) -> dict[str, float]:
     """Flops of sampling, scoring and update for a step without early ends.
 
-    Sampling runs each prompt once; scoring and update run each sequence whole, the update three
-    times (forward, and twice that backward). The last token predicts nothing.
+    A prompt's samples share its tokens, which go through once; the last token of a response is
+    predicted and predicts nothing. The update is the forward pass and twice that backward.
     """
-    batch, whole = prompts * samples, length + new - 1
-    decoded = new - 1
+    batch, fed = prompts * samples, new - 1
     in_prompt = prompts * length * (length + 1) / 2
-    in_response = batch * (decoded * length + decoded * (decoded + 1) / 2)
-    sampling = forward_flops(
-        config,
-        prompts * length + batch * decoded,
-        in_prompt + in_response,
-        prompts + batch * decoded,
-    )
-    scoring = forward_flops(config, batch * whole, batch * whole * (whole + 1) / 2, batch * new)
-    return {"sampling": sampling, "scoring": scoring, "update": 3 * scoring}
+    in_response = batch * (fed * length + fed * (fed + 1) / 2)
+    tokens, predictions = prompts * length + batch * fed, prompts + batch * fed
+    forward = forward_flops(config, tokens, in_prompt + in_response, predictions)
+    return {"sampling": forward, "scoring": forward, "update": 3 * forward}
 
 
 def seconds_of(run: Callable[[], Any], repeats: int) -> list[float]:
@@ -97,6 +91,20 @@ def bench_step(
     A step is sampling and one update: with the rollout as anchor DPPO scores inside the update.
     Scoring alone, what a recomputed anchor would add, is timed beside it. Times are medians.
     """
+    sizes = dict(
+        vocab=vocab, width=width, layers=layers, head_size=head_size, mlp=mlp, prompts=prompts,
+        samples=samples, prompt_length=prompt_length, response_length=response_length,
+        microbatches=microbatches, repeats=repeats,
+    )  # fmt: skip
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+    for name, size, of, divisor in (
+        ("width", width, "head_size", head_size),
+        ("prompts", prompts, "microbatches", microbatches),
+    ):
+        if size % divisor:
+            raise ValueError(f"{name}={size} is not divisible by {of}={divisor}: change one")
     heads = width // head_size
     config = DecoderConfig(
         vocab_size=vocab,

@@ -3,6 +3,8 @@
 Restart order: a run's own latest checkpoint; else the recipe's initial policy.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,14 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(epath.Path(directory.absolute()), options=options)
+        self._manager = ocp.CheckpointManager(
+            epath.Path(directory.absolute()),
+            options=options,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+            },
+        )
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step."""
@@ -58,7 +67,9 @@ class Checkpoints:
     ) -> tuple[TrainState, jax.Array, dict[str, Any]]:
         """The state saved at `step`, shaped and sharded as `like`, its key and its position."""
         target = _tree(like, key)
-        try:
+        where = f"checkpoint {step} in {self._manager.directory}"
+        with _explained(where):
+            _check_shapes(self._manager.item_metadata(step).state, target, where)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -68,11 +79,6 @@ class Checkpoints:
                     position=ocp.args.JsonRestore(),
                 ),
             )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise CheckpointError(
-                f"checkpoint {step} in {self._manager.directory} does not fit this configuration: "
-                f"{_first_line(error)}"
-            ) from error
         saved = restored.state
         treedef = jax.tree.structure(like.opt_state)
         opt_state = jax.tree.unflatten(
@@ -114,22 +120,51 @@ def load_params(directory: Path, like: Params) -> Params:
     if step is None:
         raise CheckpointError(f"{directory} holds no checkpoint: give a run directory")
     path = epath.Path(_folder(directory)) / str(step) / "state"
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        target = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
-        try:
-            restored = checkpointer.restore(
-                path,
-                args=ocp.args.PyTreeRestore(
-                    target,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                    partial_restore=True,
-                ),
-            )
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{path} does not fit this model: {_first_line(error)}"
-            ) from error
+    target = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+    with ocp.PyTreeCheckpointer() as checkpointer, _explained(str(path)):
+        _check_shapes(checkpointer.metadata(path).item_metadata, target, str(path))
+        restored = checkpointer.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True,
+            ),
+        )
     return restored["params"]
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Orbax's errors, many lines long, as one."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise CheckpointError(f"{where} cannot be read: {_first_line(error)}") from error
+
+
+def _check_shapes(stored: Any, target: dict[str, Any], where: str) -> None:
+    """Refuses a checkpoint that Orbax would restore in part without a word, or fail at late.
+
+    `stored` is Orbax's metadata of the checkpoint, `target` what is asked of it, by its top names.
+    """
+    if stored is None:
+        raise CheckpointError(f"{where} is damaged: remove it, and the one before it is used")
+    in_file, asked = (
+        {
+            jax.tree_util.keystr(at): tuple(leaf.shape)
+            for at, leaf in jax.tree.leaves_with_path(tree)
+        }
+        for tree in ({name: stored.tree[name] for name in target}, target)
+    )
+    for name in sorted(in_file.keys() | asked.keys()):
+        theirs, ours = in_file.get(name, "missing"), asked.get(name, "missing")
+        if theirs != ours:
+            raise CheckpointError(
+                f"{where} does not fit this configuration: {name} is {theirs} there, {ours} here"
+            )
 
 
 def _first_line(error: Exception) -> str:

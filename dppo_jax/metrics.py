@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,10 +43,13 @@ class CompilationCounter:
 class JsonLines:
     """Appends JSON objects to a file, a line each, whole or not at all for any reader."""
 
-    def __init__(self, path: Path, *, resume_at: int | None = None):
-        """With `resume_at`, lines of that step and later are dropped: they come again."""
-        self.path = path
-        if resume_at is not None and path.exists():
+    def __init__(self, path: Path, *, resume_at: int | None = None, quiet: bool = False):
+        """With `resume_at`, lines of that step and later are dropped: they come again.
+
+        Quiet where another process of the run does the writing.
+        """
+        self.path = path = Path(os.devnull) if quiet else path
+        if resume_at is not None and path.is_file():
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < resume_at]
             path.write_text("".join(kept))
         self._file = path.open("a")

@@ -33,8 +33,8 @@ class Prompts:
 class Rollout:
     """What the sampler returns. Row b = p*G + g is sample g of prompt p."""
 
-    prompt_tokens: Int[Array, "B L"]
-    prompt_mask: Bool[Array, "B L"]
+    prompt_tokens: Int[Array, "P L"]  # once for all of its samples
+    prompt_mask: Bool[Array, "P L"]
     response_tokens: Int[Array, "B T"]
     response_mask: Bool[Array, "B T"]  # True at sampled tokens, the end token included
     logp_rollout: Float[Array, "B T"]  # of the sampled token; 0 outside response_mask

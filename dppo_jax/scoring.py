@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dppo_jax.kernels.head import head
-from dppo_jax.models.decoder import Model, Params, full_forward
+from dppo_jax.models.decoder import Model, Params, response_states
 from dppo_jax.records import Max, Mean, Metrics, Rollout, TokenStats
 
 
@@ -12,14 +12,16 @@ def score(model: Model, params: Params, rollout: Rollout, *, temperature: float)
     """log π(a_t | s_t), log π of the stored top-K ids and the entropy at each response token.
 
     All of softmax(logits / temperature), the distribution that the sampler drew from; shapes as in
-    `TokenStats`. Padding is attended by nobody; the response's last token is predicted and predicts
-    nothing.
+    `TokenStats`. Padding is attended by nobody.
     """
     decoder = model.bind(params)
-    tokens = jnp.concatenate([rollout.prompt_tokens, rollout.response_tokens[:, :-1]], axis=1)
-    mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask[:, :-1]], axis=1)
-    hidden, _ = full_forward(decoder, tokens, mask)
-    hidden = hidden[:, rollout.prompt_tokens.shape[1] - 1 :]
+    hidden = response_states(
+        decoder,
+        rollout.prompt_tokens,
+        rollout.prompt_mask,
+        rollout.response_tokens,
+        rollout.response_mask,
+    )
     batch, length, width = hidden.shape
     ids = jnp.concatenate([rollout.response_tokens[..., None], rollout.topk_ids], axis=-1)
     out = head(

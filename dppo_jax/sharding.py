@@ -58,8 +58,15 @@ class MeshConfig:
 
 
 def spec_of(logical_axes: Sequence[str | None]) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions have these logical names."""
-    return PartitionSpec(*(RULES[axis] if axis else None for axis in logical_axes))
+    """The PartitionSpec of an array whose dimensions have these logical names.
+
+    In the form that jitted programs give back, without None at the end, so that the two compare
+    equal.
+    """
+    parts = [RULES[axis] if axis else None for axis in logical_axes]
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts)
 
 
 def shardings_of(logical_axes: Any, mesh: Mesh) -> Any:

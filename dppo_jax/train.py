@@ -39,7 +39,7 @@ from dppo_jax.rewards.verdicts import Verifier
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.scoring import score
 from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides, shardings_of
-from dppo_jax.update import init_state, make_update, take_rows
+from dppo_jax.update import init_state, make_update, take_prompts
 
 
 def train(
@@ -90,8 +90,9 @@ def train(
     devices = mesh.build()
     rows = batch_sharding(devices)
     sampling = dataclasses.replace(sampling, end_ids=(tokenizer.end_id,))
-    samples_per_step = prompts_per_step * sampling.samples_per_prompt
     _check(model, tokenizer, sampling, devices, prompts_per_step, minibatches, microbatches)
+    if steps < 1:
+        raise ValueError(f"steps={steps}: a run takes at least 1")
 
     source = load(dataset, data_dir, "train")
     held_out = held_out_set(dataset, data_dir, eval_split, eval_prompts)
@@ -176,8 +177,10 @@ def train(
             seconds_before = position["seconds"]
             _write_files(directory, configuration or {})
             console.say(f"resuming {directory} after step {done} of {steps}")
-        log = JsonLines(directory / "metrics.jsonl", resume_at=done)
-        samples = JsonLines(directory / "samples.jsonl", resume_at=done)
+        log, samples = (
+            JsonLines(directory / name, resume_at=done, quiet=not is_writer())
+            for name in ("metrics.jsonl", "samples.jsonl")
+        )
 
         # ---- the loop -----------------------------------------------------------------------
         loop_started = time.monotonic()
@@ -207,10 +210,10 @@ def train(
                 batch = dataclasses.replace(batch, logp_old=old.logp, topk_logp_old=old.topk_logp)
             clock.lap("scoring")
 
-            order = np.random.default_rng((seed, step)).permutation(samples_per_step)
+            order = np.random.default_rng((seed, step)).permutation(prompts_per_step)
             gathered = []
             for chosen in order.reshape(minibatches, -1):
-                state, metrics = update(state, take_rows(batch, jnp.asarray(chosen)))
+                state, metrics = update(state, take_prompts(batch, jnp.asarray(chosen)))
                 gathered.append(metrics)
             numbers = _step_numbers(gathered)
             clock.lap("update")
@@ -320,18 +323,20 @@ def _check(
         )
     if sampling.temperature == 0:
         raise ValueError("temperature=0 explores nothing: set a positive sampling temperature")
-    samples = prompts_per_step * sampling.samples_per_prompt
-    if samples % (minibatches * microbatches):
+    for name, parts in (("minibatches", minibatches), ("microbatches", microbatches)):
+        if parts < 1:
+            raise ValueError(f"{name}={parts} must be at least 1")
+    if prompts_per_step % (minibatches * microbatches):
         raise ValueError(
-            f"{samples} samples a step (prompts_per_step x samples_per_prompt) do not divide into "
-            f"minibatches={minibatches} x microbatches={microbatches}: change one of them"
+            f"prompts_per_step={prompts_per_step} does not divide into minibatches={minibatches} x "
+            f"microbatches={microbatches}: change one of them"
         )
     check_divides(
         mesh,
         ("data", "fsdp"),
         {
             "prompts_per_step": prompts_per_step,
-            "samples of a microbatch": samples // (minibatches * microbatches),
+            "prompts of a microbatch": prompts_per_step // (minibatches * microbatches),
         },
     )
     check_divides(mesh, ("fsdp",), {"width": model.width})

@@ -26,20 +26,35 @@ Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Optimizer state for these parameters, sharded as they are, at gradient step 0."""
-    return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
+    """Optimizer state for these parameters, sharded as they are, at gradient step 0.
 
-
-def split_rows(tree: Any, parts: int) -> Any:
-    """[B, ...] -> [parts, B / parts, ...]; part i holds the rows i, i + parts, ...
-
-    Strided parts keep every part's rows spread over the devices that hold them.
+    Zeros depend on no parameter: unless told, XLA would put all of them on every device.
     """
+    shardings = optax.tree.map_params(
+        optimizer,
+        lambda _, param: param.sharding if param.committed else None,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda _: None,
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
 
-    def split(leaf):
-        return jnp.moveaxis(leaf.reshape(len(leaf) // parts, parts, *leaf.shape[1:]), 1, 0)
 
-    return jax.tree.map(split, tree)
+def microbatch(rows: Any, index: int | Int[Array, ""], parts: int) -> Any:
+    """Part `index` of `parts`: the prompts index, index + parts, ... with all of their samples.
+
+    Leaves lead with P prompts, or with P*G sequences, prompt by prompt. Strided parts keep every
+    part's rows spread over the devices that hold them.
+    """
+    prompts = min(len(leaf) for leaf in jax.tree.leaves(rows))
+
+    def part(leaf):
+        strided = leaf.reshape(prompts // parts, parts, len(leaf) // prompts, *leaf.shape[1:])
+        taken = jax.lax.dynamic_index_in_dim(strided, index, axis=1, keepdims=False)
+        return constrain(taken.reshape(-1, *leaf.shape[1:]), "batch")
+
+    return jax.tree.map(part, rows)
 
 
 def accumulate(
@@ -62,13 +77,12 @@ def accumulate(
         grads, total = value_and_grad(rows)
     else:
 
-        def add(grads, micro):
-            micro = jax.tree.map(lambda leaf: constrain(leaf, "batch"), micro)
-            more_grads, out = value_and_grad(micro)
+        def add(grads, index):
+            more_grads, out = value_and_grad(microbatch(rows, index, microbatches))
             return jax.tree.map(jnp.add, grads, more_grads), out
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        grads, stacked = jax.lax.scan(add, zeros, split_rows(rows, microbatches))
+        grads, stacked = jax.lax.scan(add, zeros, jnp.arange(microbatches))
         total = LossSum(
             jnp.sum(stacked.loss_sum), jnp.sum(stacked.weight_sum), fold_metrics(stacked.metrics)
         )
@@ -122,6 +136,12 @@ def make_update(
 
 
 @jax.jit
-def take_rows(batch: Batch, rows: Int[Array, " N"]) -> Batch:
-    """The minibatch of these rows, in this order."""
-    return jax.tree.map(lambda leaf: constrain(leaf[rows], "batch"), batch)
+def take_prompts(batch: Batch, chosen: Int[Array, " N"]) -> Batch:
+    """The minibatch of these prompts with all of their samples, in this order."""
+    prompts = len(batch.rollout.prompt_tokens)
+
+    def take(leaf):
+        groups = leaf.reshape(prompts, len(leaf) // prompts, *leaf.shape[1:])
+        return constrain(groups[chosen].reshape(-1, *leaf.shape[1:]), "batch")
+
+    return jax.tree.map(take, batch)

@@ -1,8 +1,11 @@
 """What is saved comes back bit for bit, and what cannot be used says so in one line."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -107,26 +110,31 @@ def test_a_checkpoint_of_another_model(saved):
         checkpoints.restore(5, made_state(width=4), jax.random.key(0))
     assert str(saved) in one_line(error)
     checkpoints.close()
-    with pytest.raises(CheckpointError, match="does not fit this model") as error:
+    with pytest.raises(CheckpointError, match="does not fit this configuration") as error:
         load_params(saved, made_state(width=4).params)
     assert str(saved) in one_line(error)
 
 
 def test_a_checkpoint_of_another_tree(saved):
-    params = made_state().params
-    params["blocks"]["bias"] = jnp.zeros((2, 3))
-    with pytest.raises(CheckpointError, match="does not fit this model") as error:
-        load_params(saved, params)
-    one_line(error)
+    """Orbax alone would leave the one as it is and the other out, without a word."""
+    more, less = made_state().params, made_state().params
+    more["blocks"]["bias"] = jnp.zeros((2, 3))
+    del less["blocks"]["norm"]
+    for params, message in (
+        (more, "bias.* is missing there, .2, 3. here"),
+        (less, "norm.* is .2, 3. there, missing here"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as error:
+            load_params(saved, params)
+        one_line(error)
 
 
 def test_a_checkpoint_of_another_optimizer(saved):
-    other = init_state(made_state().params, adamw(learning_rate=0.1))
+    other = init_state(made_state().params, optax.sgd(0.1, momentum=0.9))
     checkpoints = Checkpoints(saved / "checkpoints")
-    if jax.tree.structure(other) != jax.tree.structure(made_state()):
-        with pytest.raises(CheckpointError, match="does not fit this configuration") as error:
-            checkpoints.restore(5, other, jax.random.key(0))
-        one_line(error)
+    with pytest.raises(CheckpointError, match="opt_state.*missing") as error:
+        checkpoints.restore(5, other, jax.random.key(0))
+    one_line(error)
     checkpoints.close()
 
 
@@ -145,13 +153,15 @@ def test_folders_without_a_checkpoint(tmp_path, name):
     assert newest_step(tmp_path) is None and (name == "nowhere") == (not folder.exists())
 
 
-def test_a_damaged_checkpoint(saved, tmp_path):
+# Orbax does not retrieve the exceptions of the tasks that it gave up.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damaged", ["_METADATA", "manifest.ocdbt"])
+def test_a_damaged_checkpoint(tmp_path, damaged):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, made_state(), jax.random.key(1), POSITION)
     checkpoints.close()
-    for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
-        if file.is_file() and file.name not in ("commit_success.txt", "_METADATA"):
-            file.write_bytes(file.read_bytes()[:10])
+    for file in (tmp_path / "checkpoints" / "1" / "state").rglob(damaged):
+        file.write_bytes(file.read_bytes()[:10])
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError) as error:
         checkpoints.restore(1, made_state(), jax.random.key(0))
@@ -160,3 +170,5 @@ def test_a_damaged_checkpoint(saved, tmp_path):
     with pytest.raises(CheckpointError) as error:
         load_params(tmp_path, made_state().params)
     one_line(error)
+    del error
+    gc.collect()

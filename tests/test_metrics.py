@@ -76,6 +76,15 @@ def test_resuming_without_a_file_begins_one(tmp_path):
     assert (tmp_path / "m.jsonl").read_text() == ""
 
 
+def test_a_quiet_log_leaves_the_file_to_another_process(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    log = JsonLines(path, resume_at=1, quiet=True)
+    log.write(step=1)
+    log.close()
+    assert steps_in(path) == [0, 1]
+
+
 def test_compilations_are_counted():
     counter, double = CompilationCounter(), jax.jit(lambda x: 2 * x)
     x = jnp.ones(3)

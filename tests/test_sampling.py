@@ -25,7 +25,8 @@ def plain_logits(model, params, tokens):
 
 
 def real_tokens(rollout, row):
-    prompt = np.asarray(rollout.prompt_tokens[row])[np.asarray(rollout.prompt_mask[row])]
+    of = row * len(rollout.prompt_tokens) // len(rollout.response_tokens)
+    prompt = np.asarray(rollout.prompt_tokens[of])[np.asarray(rollout.prompt_mask[of])]
     response = np.asarray(rollout.response_tokens[row])[np.asarray(rollout.response_mask[row])]
     return list(prompt), list(response)
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from dppo_jax.metrics import CompilationCounter, reduce_metrics
-from dppo_jax.models.decoder import full_forward
+from dppo_jax.models.decoder import Model, full_forward
 from dppo_jax.objectives import dppo_binary_tv, seq_mean_token_mean, token_mean
 from dppo_jax.optimizer import adamw
 from dppo_jax.records import Batch, LossSum, Mean, Rollout, TrainState, fold_metrics
@@ -20,11 +20,11 @@ from dppo_jax.update import (
     gradient_step,
     init_state,
     make_update,
-    split_rows,
-    take_rows,
+    microbatch,
+    take_prompts,
 )
 
-ROWS, PROMPT, RESPONSE, STORED, VOCAB = 8, 3, 5, 4, 37
+PROMPTS, ROWS, PROMPT, RESPONSE, STORED, VOCAB = 4, 8, 3, 5, 4, 37
 AGGREGATIONS = {"token_mean": token_mean, "seq_mean_token_mean": seq_mean_token_mean}
 
 
@@ -33,10 +33,10 @@ def made_batch(seed=0):
     rng = np.random.default_rng(seed)
     lengths = np.array([5, 1, 3, 4, 2, 5, 1, 3])
     mask = np.arange(RESPONSE) < lengths[:, None]
-    prompt_mask = np.arange(PROMPT) >= PROMPT - np.array([3, 1, 2, 3, 3, 1, 2, 2])[:, None]
+    prompt_mask = np.arange(PROMPT) >= PROMPT - np.array([3, 1, 2, 3])[:, None]
     logp = np.where(mask, rng.uniform(-4, -0.5, mask.shape), 0)
     rollout = Rollout(
-        prompt_tokens=jnp.asarray(rng.integers(VOCAB, size=(ROWS, PROMPT)), jnp.int32),
+        prompt_tokens=jnp.asarray(rng.integers(VOCAB, size=(PROMPTS, PROMPT)), jnp.int32),
         prompt_mask=jnp.asarray(prompt_mask),
         response_tokens=jnp.asarray(rng.integers(VOCAB, size=mask.shape), jnp.int32),
         response_mask=jnp.asarray(mask),
@@ -58,15 +58,23 @@ def loss_of(model, objective, temperature=1.0):
     return loss
 
 
-def gradients(tiny, batch, aggregate=token_mean, microbatches=1):
-    model, params = tiny
+def gradients(small, batch, aggregate=token_mean, microbatches=1):
+    model, params = small
     loss = loss_of(model, dppo_binary_tv(aggregate=aggregate))
     return jax.jit(lambda p, b: accumulate(loss, p, b, microbatches))(params, batch)
 
 
 @pytest.fixture(scope="module")
-def whole(tiny):
-    return {name: gradients(tiny, made_batch(), rule) for name, rule in AGGREGATIONS.items()}
+def small(tiny):
+    """One layer of the tiny model, which compiles in half the time."""
+    model, params = tiny
+    one = Model(dataclasses.replace(model.config, layers=1))
+    return one, params | {"blocks": jax.tree.map(lambda leaf: leaf[:1], params["blocks"])}
+
+
+@pytest.fixture(scope="module")
+def whole(small):
+    return {name: gradients(small, made_batch(), rule) for name, rule in AGGREGATIONS.items()}
 
 
 def assert_close(ours, theirs, tolerance=1e-6):
@@ -74,23 +82,24 @@ def assert_close(ours, theirs, tolerance=1e-6):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", AGGREGATIONS)
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_microbatches_change_nothing(tiny, whole, name, microbatches):
-    grads, total = gradients(tiny, made_batch(), AGGREGATIONS[name], microbatches)
+@pytest.mark.parametrize(
+    ("name", "microbatches"), [("token_mean", 2), ("token_mean", 4), ("seq_mean_token_mean", 4)]
+)
+def test_microbatches_change_nothing(small, whole, name, microbatches):
+    grads, total = gradients(small, made_batch(), AGGREGATIONS[name], microbatches)
     assert_close(grads, whole[name][0])
     assert_close(total, whole[name][1], 3e-6)
 
 
-def test_microbatches_hold_every_row_once():
-    rows = jnp.arange(12).reshape(6, 2)
-    parts = split_rows(rows, 3)
-    assert parts.shape == (3, 2, 2)
-    np.testing.assert_array_equal(parts[1], rows[1::3])
-    assert sorted(np.asarray(parts).reshape(-1, 2).tolist()) == rows.tolist()
+def test_microbatches_hold_every_prompt_once_with_its_samples():
+    rows = {"prompts": jnp.arange(6), "sequences": jnp.arange(12) // 2}
+    for index in range(3):
+        part = microbatch(rows, index, 3)
+        assert part["prompts"].tolist() == [index, index + 3]
+        assert part["sequences"].tolist() == [index, index, index + 3, index + 3]
 
 
-def test_padding_changes_nothing(tiny, whole):
+def test_padding_changes_nothing(small, whole):
     """Other ids where the masks are False, and more columns of them."""
     batch = made_batch()
     r = batch.rollout
@@ -115,21 +124,22 @@ def test_padding_changes_nothing(tiny, whole):
         finish_reason=r.finish_reason,
     )
     for name, rule in AGGREGATIONS.items():
-        grads, total = gradients(tiny, Batch(wider, response(batch.advantages, 5.0)), rule)
+        grads, total = gradients(small, Batch(wider, response(batch.advantages, 5.0)), rule)
         assert_close(grads, whole[name][0])
         assert_close(total, whole[name][1], 3e-6)
 
 
-def test_gradient_is_that_of_the_plain_form(tiny):
+def test_gradient_is_that_of_the_plain_form(small):
     """Logits, softmax and the masked loss written out, at a temperature, differentiated by JAX."""
-    model, params = tiny
+    model, params = small
     batch, temperature, delta = made_batch(), 0.8, 0.15
     r = batch.rollout
 
     def plain(params):
         decoder = model.bind(params)
-        tokens = jnp.concatenate([r.prompt_tokens, r.response_tokens], 1)
-        mask = jnp.concatenate([r.prompt_mask, r.response_mask], 1)
+        asked, asked_mask = (jnp.repeat(x, 2, 0) for x in (r.prompt_tokens, r.prompt_mask))
+        tokens = jnp.concatenate([asked, r.response_tokens], 1)
+        mask = jnp.concatenate([asked_mask, r.response_mask], 1)
         hidden, _ = full_forward(decoder, tokens, mask)
         logits = hidden @ decoder.unembedding_matrix().T / temperature
         logp = jax.nn.log_softmax(logits[:, PROMPT - 1 : -1])
@@ -169,7 +179,7 @@ def test_schedule():
         return steps.tolist()
 
     def near(values):
-        return pytest.approx(values, abs=1e-6)
+        return pytest.approx(values, rel=1e-4, abs=1e-8)
 
     assert rates() == near([0.1] * 7)
     assert rates(warmup_steps=4) == near([0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
@@ -215,26 +225,24 @@ def squares(params, rows):
 def test_steps_decrease_a_simple_loss():
     optimizer = optax.sgd(0.1)
     state, rows = init_state({"w": jnp.zeros(())}, optimizer), jnp.array([1.0, 2.0, 3.0, 6.0])
-    losses = []
+    step_of, losses = jax.jit(lambda s: gradient_step(s, squares, rows, optimizer, 2)), []
     for step in range(30):
-        state, metrics = gradient_step(state, squares, rows, optimizer, 2)
+        state, metrics = step_of(state)
         assert int(state.step) == step + 1
         losses.append(reduce_metrics(metrics)["loss/total"])
     assert losses == sorted(losses, reverse=True)
     assert losses[0] == pytest.approx(12.5)  # (1 + 4 + 9 + 36) / 4
     assert float(state.params["w"]) == pytest.approx(3, abs=0.01)  # the mean
-    _, metrics = gradient_step(
-        init_state({"w": jnp.zeros(())}, optimizer), squares, rows, optimizer, 2
-    )
+    _, metrics = step_of(init_state({"w": jnp.zeros(())}, optimizer))
     numbers = reduce_metrics(metrics)
     assert numbers["update/gradient_norm"] == pytest.approx(6)  # 2 · mean
     assert numbers["update/step_norm"] == pytest.approx(0.6)
 
 
 @pytest.fixture(scope="module")
-def stepped(tiny):
+def stepped(small):
     """Three updates of one function: states before and after, metrics, compilations of each."""
-    model, params = tiny
+    model, params = small
     optimizer = adamw(learning_rate=1e-3)
     update = make_update(model, dppo_binary_tv(), optimizer, temperature=1.0, microbatches=2)
     counter = CompilationCounter()
@@ -281,18 +289,19 @@ def test_an_update_reports_loss_mask_and_mismatch(stepped):
         assert all(np.isfinite(value) for value in numbers.values())
 
 
-def test_a_batch_without_a_token_moves_nothing(tiny, stepped):
+def test_a_batch_without_a_token_moves_nothing(small, stepped):
     _, _, _, state, numbers = stepped
     assert numbers["update/gradient_norm"] == numbers["update/step_norm"] == 0
-    assert_close(state.params, tiny[1], 0)
+    assert_close(state.params, small[1], 0)
     assert np.isnan(numbers["loss/total"])
 
 
-def test_the_minibatch_of_rows():
+def test_the_minibatch_of_prompts():
     batch = made_batch()
-    part = take_rows(batch, jnp.array([6, 0, 3]))
+    part = take_prompts(batch, jnp.array([3, 0, 2]))
     for ours, theirs in zip(*map(jax.tree.leaves, (part, batch)), strict=True):
-        np.testing.assert_array_equal(ours, np.asarray(theirs)[[6, 0, 3]])
+        rows = [3, 0, 2] if len(theirs) == PROMPTS else [6, 7, 0, 1, 4, 5]
+        np.testing.assert_array_equal(ours, np.asarray(theirs)[rows])
 
 
 def test_folding_takes_sums_and_maxima():

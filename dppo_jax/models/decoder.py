@@ -1,12 +1,13 @@
 """A pre-norm decoder (the Llama and Qwen form) in Flax NNX, its layers stacked and scanned.
 
-Split it once with `nnx.split`; `Model` does, and `full_forward` is then a pure function of the
-parameters. `sampling` walks the same `Block`s one token at a
+Split it once with `nnx.split`; `Model` does, and `full_forward` and `response_states` are then pure
+functions of the parameters. `sampling` walks the same `Block`s one token at a
 time with a cache.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dppo_jax.sharding import constrain
 
 Params = dict[str, Any]
+Attend = Callable[[Array, Array, Array], Array]  # q, k, v [P, N, heads, d] -> [P, N, heads * d]
 NEGATIVE = -1e30  # finite, so that a row with nothing to attend to stays finite
 
 
@@ -161,49 +163,78 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
 
+class Prefix(NamedTuple):
+    """Keys and values that each of a row's G sequences attends wholly."""
+
+    k: Float[Array, "P L Hkv d"]
+    v: Float[Array, "P L Hkv d"]
+    mask: Bool[Array, "P L"]
+
+
 def attention(
-    q: Float[Array, "B S H d"],
-    k: Float[Array, "B S Hkv d"],
-    v: Float[Array, "B S Hkv d"],
-    key_mask: Bool[Array, "B S"],
-) -> Float[Array, "B S Hd"]:
-    """Causal softmax(q·k/√d)·v over the keys that key_mask admits; scores in float32."""
-    batch, length, heads, size = q.shape
-    groups = k.shape[2]
-    q = q.reshape(batch, length, groups, heads // groups, size)
-    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, size)  # [B, Hkv, per_group*S, d]
-    k, v = (t.transpose(0, 2, 1, 3) for t in (k, v))
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q * size**-0.5, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, groups, heads // groups, length, length)
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    allowed = causal & key_mask[:, None, None, None, :]
-    weights = jax.nn.softmax(jnp.where(allowed, scores, NEGATIVE), axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhqk,bhkd->bhqd", weights.reshape(batch, groups, -1, length), v)
-    out = out.reshape(batch, groups, heads // groups, length, size).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads * size)
+    q: Float[Array, "P G S H d"],
+    k: Float[Array, "P G S Hkv d"],
+    v: Float[Array, "P G S Hkv d"],
+    key_mask: Bool[Array, "P G S"],
+    prefix: Prefix | None = None,
+) -> Float[Array, "P G S Hd"]:
+    """softmax(q·k/√d)·v over the sequence so far, after the prefix that its group shares.
+
+    Keys that a mask leaves out are attended by nobody; scores are float32. The first half of the
+    queries meets the first half of the keys only: a quarter of the square that causality forbids
+    is never computed.
+    """
+    rows, samples, length, heads, size = q.shape
+    groups = k.shape[3]
+    q = (q * size**-0.5).reshape(rows, samples, length, groups, heads // groups, size)
+    q = q.transpose(0, 3, 1, 4, 2, 5)  # p h g r s d, with r queries a key head
+    k, v = (t.transpose(0, 3, 1, 2, 4) for t in (k, v))  # p h g s d
+    allowed = jnp.tril(jnp.ones((length, length), bool)) & key_mask[:, :, None, :]
+    own_bias = jnp.where(allowed, 0.0, NEGATIVE)[:, None, :, None]
+
+    def scores_of(form: str, queries, keys):
+        return jnp.einsum(form, queries, keys, preferred_element_type=jnp.float32)
+
+    def attend(start: int, stop: int):
+        queries = q[..., start:stop, :]
+        scores = scores_of("phgrsd,phgtd->phgrst", queries, k[..., :stop, :])
+        scores += own_bias[..., start:stop, :stop]
+        if prefix is None:
+            weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+            return jnp.einsum("phgrst,phgtd->phgrsd", weights, v[..., :stop, :])
+        to_prefix = scores_of("phgrsd,plhd->phgrsl", queries, prefix.k)
+        to_prefix += jnp.where(prefix.mask, 0.0, NEGATIVE)[:, None, None, None, None]
+        scores = jnp.concatenate([to_prefix, scores], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        on_prefix, own = jnp.split(weights, [prefix.k.shape[1]], axis=-1)
+        return jnp.einsum("phgrsl,plhd->phgrsd", on_prefix, prefix.v) + jnp.einsum(
+            "phgrst,phgtd->phgrsd", own, v[..., :stop, :]
+        )
+
+    half = length // 2
+    halves = [(0, half), (half, length)] if half else [(0, length)]
+    out = jnp.concatenate([attend(*span) for span in halves], axis=4)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(rows, samples, length, -1)
 
 
-def positions_of(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+def positions_of(mask: Bool[Array, "*B S"]) -> Int[Array, "*B S"]:
     """Each token's position among the real tokens of its row; 0 at left padding."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
-def full_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
-    """Every token at once: hidden [B, S, D] before the head, and keys, values [layers, B, S, ...].
-
-    Padding (mask False, on the left) is attended by nobody.
-    """
+def _run_layers(
+    decoder: Decoder, tokens: Int[Array, "P N"], positions: Int[Array, "P N"], attend: Attend
+):
+    """Hidden states [P, N, D] after the final norm, and keys, values [layers, P, N, Hkv, d]."""
     c = decoder.config
-    batch, length = tokens.shape
-    rope = rotary_angles(positions_of(mask).reshape(-1), c.head_size, c.rope_theta)
+    rope = rotary_angles(positions.reshape(-1), c.head_size, c.rope_theta)
     graphdef, stacked = nnx.split(decoder.blocks)
 
     def layer(x, params):
         block = nnx.merge(graphdef, params)
         q, k, v = block.queries_keys_values(x, rope)
-        q, k, v = (t.reshape(batch, length, *t.shape[1:]) for t in (q, k, v))
-        attended = attention(q, k, v, mask)
-        x = block.finish(x, attended.reshape(batch * length, -1))
+        q, k, v = (t.reshape(*tokens.shape, *t.shape[1:]) for t in (q, k, v))
+        x = block.finish(x, attend(q, k, v).reshape(len(x), -1))
         return constrain(x, "batch", None), (k, v)
 
     if c.remat:
@@ -211,7 +242,58 @@ def full_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array, 
     x = constrain(decoder.embed(tokens.reshape(-1)), "batch", None)
     # XLA's CPU backend copies every stacked residual of a rolled loop; a few layers unroll.
     x, keys_values = jax.lax.scan(layer, x, stacked, unroll=c.layers if c.layers <= 8 else 1)
-    return decoder.normed(x).reshape(batch, length, c.width), keys_values
+    return decoder.normed(x).reshape(*tokens.shape, c.width), keys_values
+
+
+def full_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
+    """Left-padded sequences at once: hidden [B, S, D], and keys, values [layers, B, S, Hkv, d]."""
+
+    def attend(q, k, v):
+        q, k, v = (t[:, None] for t in (q, k, v))
+        return attention(q, k, v, mask[:, None])
+
+    return _run_layers(decoder, tokens, positions_of(mask), attend)
+
+
+def response_states(
+    decoder: Decoder,
+    prompt_tokens: Int[Array, "P L"],
+    prompt_mask: Bool[Array, "P L"],
+    response_tokens: Int[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+) -> Float[Array, "B T D"]:
+    """The hidden state that predicts each response token; row p*G + g answers prompt p.
+
+    A prompt's tokens go through the layers once for its G responses, each of which attends to
+    them. A row of activations is a prompt followed by its responses, so that rows stay whole on
+    the devices that hold them. A response's last token is predicted and predicts nothing.
+    """
+    (prompts, length), (batch, new) = prompt_tokens.shape, response_tokens.shape
+    samples, fed = batch // prompts, new - 1
+    lengths = positions_of(prompt_mask)[:, -1:, None] + 1
+    fed_mask = response_mask[:, :-1].reshape(prompts, samples, fed)
+    fed_tokens = response_tokens[:, :-1].reshape(prompts, samples * fed)
+    fed_positions = (lengths + positions_of(fed_mask)).reshape(prompts, -1)
+
+    def attend(q, k, v):
+        def responses(t):
+            return t[:, length:].reshape(prompts, samples, fed, *t.shape[2:])
+
+        asked_q, asked_k, asked_v = (t[:, None, :length] for t in (q, k, v))
+        own = attention(asked_q, asked_k, asked_v, prompt_mask[:, None])
+        prefix = Prefix(k[:, :length], v[:, :length], prompt_mask)
+        q, k, v = (responses(t) for t in (q, k, v))
+        theirs = attention(q, k, v, fed_mask, prefix)
+        return jnp.concatenate([own[:, 0], theirs.reshape(prompts, samples * fed, -1)], axis=1)
+
+    hidden, _ = _run_layers(
+        decoder,
+        jnp.concatenate([prompt_tokens, fed_tokens], axis=1),
+        jnp.concatenate([positions_of(prompt_mask), fed_positions], axis=1),
+        attend,
+    )
+    first = jnp.repeat(hidden[:, length - 1], samples, axis=0)
+    return jnp.concatenate([first[:, None], hidden[:, length:].reshape(batch, fed, -1)], axis=1)
 
 
 class Model:

@@ -286,8 +286,8 @@ def generate(
         progress = jax.lax.while_loop(unfinished, advance, progress)
     by_row = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), progress.record)
     return Rollout(
-        prompt_tokens=jnp.repeat(prompts.tokens, samples, axis=0),
-        prompt_mask=jnp.repeat(prompts.mask, samples, axis=0),
+        prompt_tokens=prompts.tokens,
+        prompt_mask=prompts.mask,
         response_tokens=by_row.token,
         response_mask=progress.mask.T,
         logp_rollout=by_row.logp,

@@ -1,0 +1,105 @@
+"""Run by test_mesh.py in a process of eight CPU devices: prints what became of the shardings."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from dppo_jax.checkpoint import Checkpoints, load_params
+from dppo_jax.metrics import CompilationCounter
+from dppo_jax.models.decoder import DecoderConfig, Model
+from dppo_jax.multihost import to_global_rows
+from dppo_jax.objectives import dppo_topk_tv
+from dppo_jax.optimizer import adamw
+from dppo_jax.records import Batch, Prompts
+from dppo_jax.sampling.generate import SamplingConfig, generate
+from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
+from dppo_jax.update import init_state, make_update, take_prompts
+
+CONFIG = DecoderConfig(
+    vocab_size=16,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=4,
+    mlp_width=24,
+    qk_norm=True,
+    qkv_bias=True,
+    tied_embeddings=False,
+)
+
+
+def by_name(tree, of):
+    return {jax.tree_util.keystr(at): of(leaf) for at, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def pairs(left, right):
+    return zip(*map(jax.tree.leaves, (left, right)), strict=True)
+
+
+def main(folder: Path) -> dict:
+    mesh, model = MeshConfig(data=1, fsdp=4, tensor=2).build(), Model(CONFIG)
+    optimizer = adamw(learning_rate=1e-3)
+    tokens = jax.random.randint(jax.random.key(1), (8, 3), 0, 16)
+    settings = SamplingConfig(max_new_tokens=4, samples_per_prompt=2, top_k_capture=3)
+    counter = CompilationCounter()
+    with jax.set_mesh(mesh):
+        shardings = shardings_of(model.logical_axes, mesh)
+        params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+        asked = [leaf.sharding == s for leaf, s in pairs(params, shardings)]
+        state = init_state(params, optimizer)
+        prompts = to_global_rows(tokens, batch_sharding(mesh))
+        prompts = Prompts(prompts, jnp.ones_like(prompts, bool))
+        update = make_update(model, dppo_topk_tv(), optimizer, temperature=1.0, microbatches=2)
+        shardings_after, types_after, compilations = [], [], []
+        for step in range(4):
+            before = counter.total
+            rollout = generate(
+                model, state.params, prompts, jax.random.key(step), settings=settings
+            )
+            advantages = to_global_rows(
+                jax.random.normal(jax.random.key(step), (16, 1)), batch_sharding(mesh)
+            )
+            batch = Batch(rollout, jnp.broadcast_to(advantages, rollout.response_mask.shape))
+            shardings_after.append(by_name(state, lambda leaf: str(leaf.sharding)))
+            types_after.append(by_name(state, lambda leaf: str(jax.typeof(leaf))))
+            state, _ = update(state, take_prompts(batch, jnp.arange(8)[::-1]))
+            jax.block_until_ready(state)
+            compilations.append(counter.total - before)
+        shardings_after.append(by_name(state, lambda leaf: str(leaf.sharding)))
+        types_after.append(by_name(state, lambda leaf: str(jax.typeof(leaf))))
+
+        checkpoints = Checkpoints(folder / "checkpoints")
+        checkpoints.save(4, state, jax.random.key(0), {})
+        checkpoints.close()
+        other = shardings_of(model.logical_axes, MeshConfig(data=2, fsdp=2, tensor=2).build())
+        like = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            model.abstract_params,
+            other,
+        )
+        restored = load_params(folder, like)
+        same = [
+            bool((a == b).all())
+            for a, b in pairs(jax.device_get(state.params), jax.device_get(restored))
+        ]
+        moved = [leaf.sharding == s for leaf, s in pairs(restored, other)]
+    return {
+        "devices": jax.device_count(),
+        "born_as_asked": all(asked),
+        "fractions": by_name(
+            state, lambda leaf: leaf.addressable_shards[0].data.size / max(1, leaf.size)
+        ),
+        "shardings": shardings_after,
+        "types": types_after,
+        "compilations": compilations,
+        "response_rows": len(rollout.response_tokens.addressable_shards[0].data),
+        "restored_elsewhere": all(same) and all(moved),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

@@ -1,0 +1,103 @@
+"""One program on one device and on eight: the same numbers, and shardings that stay."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.multidevice
+HERE = Path(__file__).parent
+MESH = ["--gin.sharding.MeshConfig.fsdp=4", "--gin.sharding.MeshConfig.tensor=2"]
+
+
+def with_eight_devices(*command):
+    paths = [str(HERE.parent.parent), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What eight_devices.py saw."""
+    done = with_eight_devices(HERE / "eight_devices.py", tmp_path_factory.mktemp("eight"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["devices"] == 8
+    return found
+
+
+def test_parameters_and_moments_are_sharded(found):
+    """Matrices over fsdp x tensor, biases over tensor; norms are small and whole everywhere."""
+    assert found["born_as_asked"]
+    for name, fraction in found["fractions"].items():
+        if "norm" in name or "count" in name or name == ".step":
+            expected = 1
+        else:
+            expected = 1 / 2 if "bias" in name else 1 / 8
+        assert fraction == expected, name
+    assert found["response_rows"] == 16 // 4
+
+
+def test_a_step_keeps_every_sharding_and_type(found):
+    for kind in ("shardings", "types"):
+        first, *later = found[kind]
+        for after in later:
+            assert after == first
+
+
+def test_nothing_compiles_after_the_first_step(found):
+    assert found["compilations"][0] > 0 and found["compilations"][1:] == [0, 0, 0]
+
+
+def test_a_checkpoint_comes_back_on_another_mesh(found):
+    assert found["restored_elsewhere"]
+
+
+def test_eight_devices_train_as_one(dppo, toy_recipe, tmp_path):
+    """The same draws, losses to 1e-4, over three steps of two gradient steps."""
+    flags = ["--gin.STEPS=3", "--gin.PROMPTS_PER_STEP=16", "--gin.MICROBATCHES=2"]
+    one = dppo("train", toy_recipe, "--workdir", tmp_path / "one", *flags)
+    assert one.status == 0, one.err
+    eight = with_eight_devices(
+        "-m", "dppo_jax", "train", toy_recipe, "--workdir", tmp_path / "eight", *flags, *MESH
+    )
+    assert eight.returncode == 0, eight.stderr
+    assert eight.stderr == ""
+    for ours, theirs in zip(metrics(tmp_path / "eight"), metrics(tmp_path / "one"), strict=True):
+        for name in ours.keys() - {"divergence/max", "ratio/max"}:
+            if not name.startswith("time/"):
+                assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
+        assert (ours["time/compilations"] > 0) == (ours["step"] == 0)
+    accuracy = [
+        json.loads((tmp_path / name / "summary.json").read_text())["accuracy_after"]
+        for name in ("one", "eight")
+    ]
+    assert accuracy[0] == pytest.approx(accuracy[1], abs=1e-2)
+
+
+def test_a_batch_that_the_mesh_does_not_divide(toy_recipe, tmp_path):
+    flags = [*MESH, "--gin.PROMPTS_PER_STEP=6"]
+    workdir = tmp_path / "run"
+    refused = with_eight_devices(
+        "-m", "dppo_jax", "train", toy_recipe, "--workdir", workdir, *flags
+    )
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "prompts_per_step=6 is not divisible by the mesh's data=1 x fsdp=4" in refused.stderr
+    assert not workdir.exists()

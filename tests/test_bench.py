@@ -1,0 +1,72 @@
+"""What `dppo bench` prints, and the flops that it divides by."""
+
+import json
+
+import pytest
+
+from dppo_jax import bench
+from dppo_jax.models.decoder import DecoderConfig
+
+FLAGS = """--vocab 16 --width 8 --layers 1 --head-size 4 --mlp 12 --prompts 2 --samples 2
+--prompt-length 3 --response-length 4 --top-k 2 --repeats 2""".split()
+# One layer's matrices: q, k, v, o of 8 x 8, three of 8 x 12 in the MLP. A key attended to costs
+# a product with the query and one with the weight: 2 x 8 multiply-adds over two heads of four.
+LAYER, KEY, HEAD = 4 * 64 + 3 * 96, 2 * 8, 8 * 16
+# 2 prompts of 3 tokens once (1 + 2 + 3 keys each), 4 sequences of 3 tokens (4 + 5 + 6 keys each),
+# 2 + 4 * 3 predictions: the same work whether tokens are sampled or scored.
+FORWARD = 2 * (LAYER * (6 + 12) + KEY * (2 * 6 + 4 * 15) + HEAD * 14)
+
+
+def test_flops_by_hand():
+    config = DecoderConfig(
+        vocab_size=16, width=8, layers=1, heads=2, kv_heads=2, head_size=4, mlp_width=12
+    )
+    flops = bench.step_flops(config, prompts=2, samples=2, length=3, new=4)
+    assert flops == {"sampling": FORWARD, "scoring": FORWARD, "update": 3 * FORWARD}
+
+
+def test_flops_with_shared_keys():
+    """Half the key-value heads save projections; every query head still attends to every key."""
+    config = DecoderConfig(
+        vocab_size=16, width=8, layers=3, heads=2, kv_heads=1, head_size=4, mlp_width=12
+    )
+    expected = 2 * (3 * ((LAYER - 64) * 5 + KEY * 7) + HEAD * 2)
+    assert bench.forward_flops(config, tokens=5, contexts=7.0, predictions=2) == expected
+
+
+def test_bench_step(dppo, monkeypatch):
+    monkeypatch.setattr(bench, "PEAK_SIZE", 64)  # the peak itself takes a second
+    done = dppo("bench", "step", "--json", *FLAGS)
+    assert done.status == 0 and not done.err
+    assert done.out.count("\n") == 1
+    result = json.loads(done.out)
+    parts = result["parts"]
+    assert {name: part["flops"] for name, part in parts.items()} == {
+        "sampling": FORWARD,
+        "scoring": FORWARD,
+        "update": 3 * FORWARD,
+    }
+    peak = result["peak_flops_per_second"]
+    for part in parts.values():
+        assert 0 < part["seconds_min"] <= part["seconds"]
+        assert part["fraction_of_peak"] == pytest.approx(part["flops"] / part["seconds"] / peak)
+    assert result["seconds"] == pytest.approx(
+        parts["sampling"]["seconds"] + parts["update"]["seconds"]
+    )
+    assert result["flops"] == 4 * FORWARD
+    assert result["fraction_of_peak"] == pytest.approx(result["flops"] / result["seconds"] / peak)
+    assert result["tokens_per_second"] == pytest.approx(4 * 4 / result["seconds"])
+    # embedding 16 x 8 (tied), one layer, three norms of 8
+    assert result["shape"]["parameters"] == 128 + LAYER + 24
+
+
+def test_bench_step_for_people(capsys):
+    part = dict(seconds=0.5, seconds_min=0.5, flops=2e9, fraction_of_peak=0.25)
+    names = ("sampling", "scoring", "update")
+    bench.show_step(
+        part
+        | dict(parts={n: part for n in names}, tokens_per_second=1234.5, peak_flops_per_second=1e10)
+    )
+    shown = capsys.readouterr().out
+    for text in (*names, "0.500 s", "2.0 GFLOP", "25% of peak", "1,234", "10 GFLOP/s"):
+        assert text in shown

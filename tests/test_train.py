@@ -1,0 +1,209 @@
+"""A run as a user has it: its files, its numbers, going on after a stop, repeating it."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from dppo_jax import cli
+
+STEPS = 4
+PER_STEP = {
+    "step", "reward/mean", "loss/total", "mask/fraction", "mismatch/logp_abs_mean",
+    "mismatch/ratio_mean", "time/step", "time/sampling", "time/update", "time/compilations",
+    "update/gradient_norm", "divergence/mean", "entropy/mean", "response/length",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_kept(tmp_path_factory):
+    """Every run compiles anew, even the same programs: keep them, for the time they take."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def run(dppo, toy_recipe, tmp_path_factory):
+    """A finished run's directory."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    done = dppo("train", toy_recipe, "--workdir", workdir)
+    assert done.status == 0, done.err
+    assert "toy: done" in done.out and str(workdir) in done.out and not done.err
+    return workdir
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def numbers(workdir):
+    """The metrics that do not depend on the clock."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith("time/")}
+        for line in lines(workdir / "metrics.jsonl")
+    ]
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_files_of_a_run(run):
+    assert {path.name for path in run.iterdir()} == {
+        "config.gin",
+        "operative_config.gin",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "summary.json",
+        "checkpoints",
+    }
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_summary(run):
+    summary = summary_of(run)
+    assert summary["steps"] == STEPS and summary["wall_seconds"] > 0
+    for when in ("before", "after"):
+        evaluation = summary[when]
+        assert summary[f"accuracy_{when}"] == evaluation["accuracy"]
+        assert evaluation["accuracy_low"] <= evaluation["accuracy"] <= evaluation["accuracy_high"]
+        assert evaluation["prompts"] == 12 and evaluation["k"] == 4
+    assert summary["accuracy_before"] != summary["accuracy_after"]
+
+
+def test_metrics_of_every_step(run):
+    written = lines(run / "metrics.jsonl")
+    assert [line["step"] for line in written] == list(range(STEPS))
+    for line in written:
+        assert line.keys() >= PER_STEP
+        assert None not in line.values()
+        assert 0 < line["reward/mean"] < 1 and line["update/gradient_norm"] > 0
+        assert line["mismatch/logp_abs_max"] < 1e-4
+        assert line["mismatch/ratio_mean"] == pytest.approx(1, abs=1e-4)
+        parts = sum(line[f"time/{part}"] for part in ("sampling", "rewards", "scoring", "update"))
+        assert line["time/step"] == pytest.approx(parts)
+
+
+def test_nothing_compiles_after_the_first_step(run):
+    compilations = [line["time/compilations"] for line in lines(run / "metrics.jsonl")]
+    assert compilations[0] > 0 and compilations[1:] == [0] * (STEPS - 1)
+
+
+def test_samples(run):
+    written = lines(run / "samples.jsonl")
+    assert [line["step"] for line in written] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert all(line["prompt"].endswith("=") and 0 <= line["score"] <= 1 for line in written)
+
+
+def test_a_finished_run_has_nothing_to_do(dppo, run, toy_recipe):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    again = dppo("train", toy_recipe, "--workdir", run)
+    assert again.status == 0 and "complete" in again.out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(dppo, run, toy_recipe, tmp_path):
+    """Stopped in step 3 of 4: a checkpoint after step 2, a log of more, its last line cut off."""
+    stopped = tmp_path / "stopped"
+    shutil.copytree(run, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "4")
+    (stopped / "summary.json").unlink()
+    log = (stopped / "metrics.jsonl").read_text()
+    (stopped / "metrics.jsonl").write_text(log[:-40])
+    done = dppo("train", toy_recipe, "--workdir", stopped)
+    assert done.status == 0 and "resuming" in done.out and "after step 2 of 4" in done.out
+    assert numbers(stopped) == numbers(run)
+    assert lines(stopped / "samples.jsonl") == lines(run / "samples.jsonl")
+    ours, theirs = summary_of(stopped), summary_of(run)
+    assert ours["before"] == theirs["before"] and ours["after"] == theirs["after"]
+    assert ours["wall_seconds"] > 0
+    assert [line["time/compilations"] for line in lines(stopped / "metrics.jsonl")][3] == 0
+
+
+def test_the_operative_configuration_repeats_the_run(dppo, run, tmp_path):
+    done = dppo("train", run / "operative_config.gin", "--workdir", tmp_path / "again")
+    assert done.status == 0, done.err
+    assert numbers(tmp_path / "again") == numbers(run)
+    for name in ("before", "after"):
+        assert summary_of(tmp_path / "again")[name] == summary_of(run)[name]
+
+
+def test_eval_finds_the_accuracy_of_the_run(dppo, run, toy_recipe):
+    done = dppo("eval", toy_recipe, "--checkpoint", run, "--json")
+    assert done.status == 0 and not done.err
+    assert json.loads(done.out) == summary_of(run)["after"]
+    assert done.out.count("\n") == 1
+
+
+def test_eval_for_people(dppo, run, toy_recipe):
+    done = dppo("eval", toy_recipe, "--checkpoint", run)
+    assert f"{summary_of(run)['accuracy_after']:.3f}" in done.out and "95 % interval" in done.out
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--gin.train.train.objective=@objectives.minirl()"],
+        ["--gin.objectives.dppo_topk_tv.anchor=@objectives.old_anchor",
+         "--gin.train.train.objective=@objectives.dppo_topk_tv()", "--gin.MICROBATCHES=2"],
+    ],
+    ids=["minirl", "recomputed_topk"],
+)  # fmt: skip
+def test_a_recomputed_anchor(dppo, toy_recipe, tmp_path, overrides):
+    """The trainer scores the batch before the update, and the region is drawn around that."""
+    done = dppo("train", toy_recipe, "--workdir", tmp_path / "run", "--gin.STEPS=1", *overrides)
+    assert done.status == 0, done.err
+    (line,) = lines(tmp_path / "run" / "metrics.jsonl")
+    assert line["update/gradient_norm"] > 0 and 0 <= line["divergence/mean"] < 0.1
+
+
+def test_a_run_of_two_seeds_differs(dppo, run, toy_recipe, tmp_path):
+    flags = ("--gin.SEED=1", "--gin.STEPS=1")
+    done = dppo("train", toy_recipe, "--workdir", tmp_path / "run", *flags)
+    assert done.status == 0, done.err
+    assert numbers(tmp_path / "run")[0]["reward/mean"] != numbers(run)[0]["reward/mean"]
+
+
+# ---- the command line itself ---------------------------------------------------------------------
+
+
+def verbs(parser=None, names=()):
+    """Every verb of the command, as a user types it."""
+    parser = parser or cli._parser()
+    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not below:
+        yield names
+    for action in below:
+        for name, sub in action.choices.items():
+            yield from verbs(sub, (*names, name))
+
+
+@pytest.mark.parametrize("names", list(verbs()), ids=" ".join)
+def test_every_verb_explains_itself(dppo, names):
+    shown = dppo(*names, "--help")
+    assert shown.status == 0 and not shown.err
+    assert f"example: dppo {' '.join(names)}" in shown.out
+
+
+def test_help_names_the_verbs():
+    shown = subprocess.run(
+        [sys.executable, "-m", "dppo_jax", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert shown.returncode == 0 and not shown.stderr
+    assert all(names[0] in shown.stdout for names in verbs())
