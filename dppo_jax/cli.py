@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     for flag, default in (
         ("vocab", 1024), ("width", 256), ("layers", 4), ("head-size", 64), ("mlp", 1024),
         ("prompts", 16), ("samples", 8), ("prompt-length", 32), ("response-length", 128),
-        ("top-k", 20), ("microbatches", 1), ("repeats", 5),
+        ("top-k", 20), ("microbatches", 4), ("repeats", 5),
     ):  # fmt: skip
         step.add_argument(f"--{flag}", type=int, default=default, help=f"(default: {default})")
 

@@ -8,7 +8,7 @@ from dppo_jax import bench
 from dppo_jax.models.decoder import DecoderConfig
 
 FLAGS = """--vocab 16 --width 8 --layers 1 --head-size 4 --mlp 12 --prompts 2 --samples 2
---prompt-length 3 --response-length 4 --top-k 2 --repeats 2""".split()
+--prompt-length 3 --response-length 4 --top-k 2 --repeats 2 --microbatches 1""".split()
 # One layer's matrices: q, k, v, o of 8 x 8, three of 8 x 12 in the MLP. A key attended to costs
 # a product with the query and one with the weight: 2 x 8 multiply-adds over two heads of four.
 LAYER, KEY, HEAD = 4 * 64 + 3 * 96, 2 * 8, 8 * 16

@@ -7,18 +7,20 @@ time with a cache.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dppo_jax.models.attention import Prefix, attention
 from dppo_jax.sharding import constrain
 
 Params = dict[str, Any]
+Rope = tuple[Array, Array]  # cos, sin
 Attend = Callable[[Array, Array, Array], Array]  # q, k, v [P, N, heads, d] -> [P, N, heads * d]
-NEGATIVE = -1e30  # finite, so that a row with nothing to attend to stays finite
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,14 @@ def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float):
     return (normal * scale).astype(x.dtype)
 
 
-def rotary_angles(positions: Int[Array, "*N"], head_size: int, theta: float):
-    """cos and sin [*N, 1, head_size/2] of each position's rotation (arXiv 2104.09864)."""
-    frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+def rotary_table(length: int, head_size: int, theta: float) -> Rope:
+    """cos and sin [length, 1, head_size/2] of each position's rotation (arXiv 2104.09864).
+
+    A constant of the program: XLA's CPU backend would compute them anew in every layer.
+    """
+    frequency = np.float32(theta) ** (-np.arange(0, head_size, 2, dtype=np.float32) / head_size)
+    angle = np.arange(length, dtype=np.float32)[:, None, None] * frequency
+    return jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle))
 
 
 def rotate(x: Float[Array, "*N H d"], rope) -> Float[Array, "*N H d"]:
@@ -163,60 +168,6 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
 
-class Prefix(NamedTuple):
-    """Keys and values that each of a row's G sequences attends wholly."""
-
-    k: Float[Array, "P L Hkv d"]
-    v: Float[Array, "P L Hkv d"]
-    mask: Bool[Array, "P L"]
-
-
-def attention(
-    q: Float[Array, "P G S H d"],
-    k: Float[Array, "P G S Hkv d"],
-    v: Float[Array, "P G S Hkv d"],
-    key_mask: Bool[Array, "P G S"],
-    prefix: Prefix | None = None,
-) -> Float[Array, "P G S Hd"]:
-    """softmax(q·k/√d)·v over the sequence so far, after the prefix that its group shares.
-
-    Keys that a mask leaves out are attended by nobody; scores are float32. The first half of the
-    queries meets the first half of the keys only: a quarter of the square that causality forbids
-    is never computed.
-    """
-    rows, samples, length, heads, size = q.shape
-    groups = k.shape[3]
-    q = (q * size**-0.5).reshape(rows, samples, length, groups, heads // groups, size)
-    q = q.transpose(0, 3, 1, 4, 2, 5)  # p h g r s d, with r queries a key head
-    k, v = (t.transpose(0, 3, 1, 2, 4) for t in (k, v))  # p h g s d
-    allowed = jnp.tril(jnp.ones((length, length), bool)) & key_mask[:, :, None, :]
-    own_bias = jnp.where(allowed, 0.0, NEGATIVE)[:, None, :, None]
-
-    def scores_of(form: str, queries, keys):
-        return jnp.einsum(form, queries, keys, preferred_element_type=jnp.float32)
-
-    def attend(start: int, stop: int):
-        queries = q[..., start:stop, :]
-        scores = scores_of("phgrsd,phgtd->phgrst", queries, k[..., :stop, :])
-        scores += own_bias[..., start:stop, :stop]
-        if prefix is None:
-            weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-            return jnp.einsum("phgrst,phgtd->phgrsd", weights, v[..., :stop, :])
-        to_prefix = scores_of("phgrsd,plhd->phgrsl", queries, prefix.k)
-        to_prefix += jnp.where(prefix.mask, 0.0, NEGATIVE)[:, None, None, None, None]
-        scores = jnp.concatenate([to_prefix, scores], axis=-1)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        on_prefix, own = jnp.split(weights, [prefix.k.shape[1]], axis=-1)
-        return jnp.einsum("phgrsl,plhd->phgrsd", on_prefix, prefix.v) + jnp.einsum(
-            "phgrst,phgtd->phgrsd", own, v[..., :stop, :]
-        )
-
-    half = length // 2
-    halves = [(0, half), (half, length)] if half else [(0, length)]
-    out = jnp.concatenate([attend(*span) for span in halves], axis=4)
-    return out.transpose(0, 2, 4, 1, 3, 5).reshape(rows, samples, length, -1)
-
-
 def positions_of(mask: Bool[Array, "*B S"]) -> Int[Array, "*B S"]:
     """Each token's position among the real tokens of its row; 0 at left padding."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
@@ -227,7 +178,9 @@ def _run_layers(
 ):
     """Hidden states [P, N, D] after the final norm, and keys, values [layers, P, N, Hkv, d]."""
     c = decoder.config
-    rope = rotary_angles(positions.reshape(-1), c.head_size, c.rope_theta)
+    # No position exceeds the columns of a row.
+    cos, sin = rotary_table(tokens.shape[1], c.head_size, c.rope_theta)
+    rope = cos[positions.reshape(-1)], sin[positions.reshape(-1)]
     graphdef, stacked = nnx.split(decoder.blocks)
 
     def layer(x, params):

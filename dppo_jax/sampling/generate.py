@@ -14,15 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dppo_jax.models.attention import NEGATIVE
 from dppo_jax.models.decoder import (
-    NEGATIVE,
     Block,
     Decoder,
     Model,
     Params,
+    Rope,
     full_forward,
     positions_of,
-    rotary_angles,
+    rotary_table,
 )
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
 from dppo_jax.sharding import constrain
@@ -184,11 +185,9 @@ def _decode(
     tokens: Int[Array, " B"],
     column: Int[Array, ""],
     prompt_mask: Bool[Array, "P L"],
-    positions: Int[Array, " B"],
+    rope: Rope,
 ):
     """Runs the tokens of one response column through every layer: their hidden state [B, D]."""
-    c = decoder.config
-    rope = rotary_angles(positions, c.head_size, c.rope_theta)
     x = constrain(decoder.embed(tokens), "batch", None)
     new_caches = []
     for block, cache in zip(blocks, caches, strict=True):
@@ -233,6 +232,8 @@ def generate(
     samples, length = settings.samples_per_prompt, settings.max_new_tokens
     hidden, caches = _prefill(decoder, prompts, samples)
     prompt_lengths = jnp.repeat(positions_of(prompts.mask)[:, -1] + 1, samples)
+    c = model.config
+    cos, sin = rotary_table(prompts.tokens.shape[1] + length, c.head_size, c.rope_theta)
     batch, end_ids = len(prompt_lengths), jnp.asarray(settings.end_ids, jnp.int32)
 
     def draw_column(hidden, progress: _Progress) -> _Progress:
@@ -256,7 +257,7 @@ def generate(
             progress.record.token[column],
             column,
             prompts.mask,
-            prompt_lengths + column,
+            (cos[prompt_lengths + column], sin[prompt_lengths + column]),
         )
         return draw_column(hidden, progress._replace(caches=caches))
 

@@ -1,0 +1,118 @@
+"""Causal attention in XLA operations, with a prefix that the samples of a prompt share.
+
+Axes inside: p rows, h key heads, g samples, r queries a key head, s queries, t keys, d head size.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+NEGATIVE = -1e30  # finite, so that a row with nothing to attend to stays finite
+
+
+class Keys(NamedTuple):
+    """Keys and values that queries attend to; without the axis g all samples share them."""
+
+    k: Float[Array, "*phg t d"]
+    v: Float[Array, "*phg t d"]
+    bias: Float[Array, "p 1 #g 1 #s t"]  # 0, or NEGATIVE where a key is not to be seen
+
+    @property
+    def axes(self) -> str:
+        return "phgtd" if self.k.ndim == 5 else "phtd"
+
+
+def _product(form: str, left: Array, right: Array) -> Float[Array, "..."]:
+    return jnp.einsum(form, left, right, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def attend(q: Float[Array, "p h g r s d"], keys: Sequence[Keys]) -> Float[Array, "p h g r s d"]:
+    """softmax(q·k + bias)·v over all of `keys` together; scores in float32.
+
+    Backward: dS = W·(dW - Σ_d dO·O), the rowwise sum over d instead of over the keys (Dao et al.,
+    arXiv 2205.14135, section B.2).
+    """
+    return _forward(q, keys)[0]
+
+
+def _forward(q, keys):
+    scores = [_product(f"phgrsd,{part.axes}->phgrst", q, part.k) + part.bias for part in keys]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
+    ends = [sum(part.k.shape[-2] for part in keys[:i]) for i in range(1, len(keys))]
+    each = jnp.split(weights, ends, axis=-1)
+    out = jnp.zeros(q.shape, jnp.float32)
+    for w, part in zip(each, keys, strict=True):
+        out += _product(f"phgrst,{part.axes}->phgrsd", w, part.v)
+    out = out.astype(q.dtype)
+    return out, (q, keys, each, out)
+
+
+def _backward(saved, d_out):
+    q, keys, each, out = saved
+    row = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    d_q = jnp.zeros(q.shape, jnp.float32)
+    d_keys = []
+    for w, part in zip(each, keys, strict=True):
+        d_w = _product(f"phgrsd,{part.axes}->phgrst", d_out, part.v)
+        d_s = (w * (d_w - row)).astype(q.dtype)
+        d_q += _product(f"phgrst,{part.axes}->phgrsd", d_s, part.k)
+        d_k = _product(f"phgrst,phgrsd->{part.axes}", d_s, q)
+        d_v = _product(f"phgrst,phgrsd->{part.axes}", w, d_out)
+        nothing = jnp.zeros_like(part.bias)
+        d_keys.append(Keys(d_k.astype(part.k.dtype), d_v.astype(part.v.dtype), nothing))
+    return d_q.astype(q.dtype), type(keys)(d_keys)
+
+
+attend.defvjp(_forward, _backward)
+
+
+def bias_of(seen: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """What to add to the scores so that only seen keys count."""
+    return jnp.where(seen, 0.0, NEGATIVE)
+
+
+class Prefix(NamedTuple):
+    """Keys and values that each of a row's G sequences attends wholly."""
+
+    k: Float[Array, "P L Hkv d"]
+    v: Float[Array, "P L Hkv d"]
+    mask: Bool[Array, "P L"]
+
+
+def attention(
+    q: Float[Array, "P G S H d"],
+    k: Float[Array, "P G S Hkv d"],
+    v: Float[Array, "P G S Hkv d"],
+    key_mask: Bool[Array, "P G S"],
+    prefix: Prefix | None = None,
+) -> Float[Array, "P G S Hd"]:
+    """softmax(q·k/√d)·v over the sequence so far, after the prefix that its group shares.
+
+    Keys that a mask leaves out are attended by nobody. The first half of the queries meets the
+    first half of the keys only: a quarter of the square that causality forbids is never computed.
+    """
+    rows, samples, length, heads, size = q.shape
+    groups = k.shape[3]
+    q = (q * size**-0.5).reshape(rows, samples, length, groups, heads // groups, size)
+    q = q.transpose(0, 3, 1, 4, 2, 5)
+    k, v = (t.transpose(0, 3, 1, 2, 4) for t in (k, v))
+    allowed = jnp.tril(jnp.ones((length, length), bool)) & key_mask[:, :, None, :]
+    bias = bias_of(allowed)[:, None, :, None]
+    before = []
+    if prefix is not None:
+        seen = prefix.mask[:, None, None, None, None]
+        shared_k, shared_v = (t.transpose(0, 2, 1, 3) for t in (prefix.k, prefix.v))
+        before = [Keys(shared_k, shared_v, bias_of(seen))]
+
+    def part(start: int, stop: int):
+        own = Keys(k[..., :stop, :], v[..., :stop, :], bias[..., start:stop, :stop])
+        return attend(q[..., start:stop, :], [*before, own])
+
+    half = length // 2
+    halves = [(0, half), (half, length)] if half else [(0, length)]
+    out = jnp.concatenate([part(*span) for span in halves], axis=4)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(rows, samples, length, -1)
