@@ -7,7 +7,6 @@ verbs, so that `--help` answers at once.
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -30,7 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.verb(options)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command resumes from the last checkpoint", EXIT_FAILED)
+        _fail(
+            "interrupted; dppo train with --workdir RUN_DIRECTORY goes on from its newest "
+            "checkpoint",
+            EXIT_FAILED,
+        )
     except Exception as error:
         if options.debug:
             raise
@@ -125,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    _tune_for_cpu()
+    _start_jax()
     from dppo_jax.config import difference, load_recipe, split_overrides
     from dppo_jax.console import Console, duration
     from dppo_jax.multihost import is_writer
@@ -168,7 +171,7 @@ def _with_interval(evaluation: dict) -> str:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    _tune_for_cpu()
+    _start_jax()
     from dppo_jax.config import load_recipe, split_overrides
     from dppo_jax.console import Console
     from dppo_jax.evaluate import evaluate_checkpoint
@@ -197,7 +200,7 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _bench_step(options: argparse.Namespace) -> None:
-    _tune_for_cpu()
+    _start_jax()
     from dppo_jax.bench import bench_step, show_step
 
     shape = {
@@ -220,9 +223,14 @@ def _data_prepare(options: argparse.Namespace) -> None:
         print(f"{done.path}: {sizes}" + (" (already there)" if done.reused else ""))
 
 
-def _tune_for_cpu() -> None:
-    """Lets the C library keep XLA's temporary buffers instead of returning them at each step."""
-    if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+def _start_jax() -> None:
+    """Keeps compiled programs for the next call and, on a CPU, freed memory for the next step."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        folder = Path.home() / ".cache" / "dppo_jax" / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if jax.default_backend() == "cpu":
         from dppo_jax.allocator import keep_freed_memory
 
         keep_freed_memory()

@@ -254,7 +254,7 @@ def train(
                 steps,
                 {
                     "reward": f"{numbers['reward/mean']:.3f}",
-                    "masked": f"{numbers.get('mask/fraction', 0.0):.4f}",
+                    "masked": _fraction(numbers.get("mask/fraction")),
                     "mismatch": f"{numbers['mismatch/logp_abs_mean']:.1e}",
                     "tokens/s": f"{numbers['time/tokens_per_second']:,.0f}",
                 },
@@ -376,6 +376,11 @@ def _step_numbers(metrics: Sequence[Metrics]) -> dict[str, float]:
     """
     first = {name: m for name, m in metrics[0].items() if name.startswith("mismatch/")}
     return reduce_metrics(*metrics) | reduce_metrics(first)
+
+
+def _fraction(value: float | None) -> str:
+    """Four decimals; a dash where no token had an advantage, or nothing is ever masked."""
+    return "-" if value is None or np.isnan(value) else f"{value:.4f}"
 
 
 def _refuse_not_finite(numbers: dict[str, float], step: int) -> None:

@@ -77,6 +77,8 @@ class Finished(NamedTuple):
 def dppo() -> Callable[..., Finished]:
     """The command line in this process: dppo("train", recipe, ...) -> status and output."""
 
+    cli._start_jax = lambda: None  # its settings are the process's; tests have their own
+
     def run(*arguments: object) -> Finished:
         out, err, status = io.StringIO(), io.StringIO(), 0
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
