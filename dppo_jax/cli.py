@@ -7,6 +7,7 @@ verbs, so that `--help` answers at once.
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -227,7 +228,7 @@ def _start_jax() -> None:
     """Keeps compiled programs for the next call and, on a CPU, freed memory for the next step."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path.home() / ".cache" / "dppo_jax" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.default_backend() == "cpu":
