@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from dppo_jax.records import Max, Metric, Metrics
 
@@ -19,10 +18,10 @@ def reduce_metrics(*gradient_steps: Metrics) -> dict[str, float]:
     """
 
     def reduce(each: Sequence[Metric]) -> float:
-        values = np.array([tuple(m) for m in each], np.float64)  # [gradient steps, 1 or 2]
+        values = [[float(part) for part in metric] for metric in each]
         if isinstance(each[0], Max):
-            return float(values.max())
-        total, count = values.sum(axis=0).tolist()
+            return max(value for (value,) in values)
+        total, count = (math.fsum(column) for column in zip(*values, strict=True))
         return total / (count or math.nan)
 
     fetched = jax.device_get(gradient_steps)
