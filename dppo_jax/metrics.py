@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from dppo_jax.records import Max, Metric, Metrics
 
@@ -18,10 +19,10 @@ def reduce_metrics(*gradient_steps: Metrics) -> dict[str, float]:
     """
 
     def reduce(each: Sequence[Metric]) -> float:
-        values = [[float(part) for part in metric] for metric in each]
+        values = np.array([tuple(m) for m in each], np.float64)  # [gradient steps, 1 or 2]
         if isinstance(each[0], Max):
-            return max(value for (value,) in values)
-        total, count = (math.fsum(column) for column in zip(*values, strict=True))
+            return float(np.max(values))
+        total, count = values.sum(axis=0).tolist()
         return total / (count or math.nan)
 
     fetched = jax.device_get(gradient_steps)
