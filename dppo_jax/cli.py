@@ -5,6 +5,7 @@ verbs, so that `--help` answers at once.
 """
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -226,12 +227,20 @@ def _data_prepare(options: argparse.Namespace) -> None:
 
 def _start_jax() -> None:
     """Keeps compiled programs for the next call and, on a CPU, freed memory for the next step."""
+    if _cpu_only():
+        # Before jax is imported: the allocator's settings bind only what has not been set up yet.
+        from dppo_jax.allocator import keep_freed_memory
+
+        keep_freed_memory()
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path.home() / ".cache" / "dppo_jax" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    if jax.default_backend() == "cpu":
-        from dppo_jax.allocator import keep_freed_memory
 
-        keep_freed_memory()
+
+def _cpu_only() -> bool:
+    """Whether JAX will run on the CPU: it was told to, or there is nothing else for it."""
+    plugins = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+    asked = os.environ.get("JAX_PLATFORMS")
+    return asked == "cpu" if asked else not any(map(importlib.util.find_spec, plugins))
