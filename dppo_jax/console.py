@@ -1,5 +1,6 @@
 """What a person watches: one live line a step on a terminal, a line now and then elsewhere."""
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -12,7 +13,9 @@ SECONDS_BETWEEN_LINES = 5.0  # where the output is a file or a pipe
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0:07, 12:31 or 1:02:03."""
+    """Seconds as 0:07, 12:31 or 1:02:03; ? where they are not known."""
+    if math.isnan(seconds):
+        return "?"
     minutes, s = divmod(int(seconds + 0.5), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

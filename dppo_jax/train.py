@@ -39,6 +39,7 @@ from dppo_jax.rewards.verdicts import Verifier
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.scoring import score
 from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides, shardings_of
+from dppo_jax.timing import Pace, Stopwatch
 from dppo_jax.update import init_state, make_update, take_prompts
 
 
@@ -183,7 +184,7 @@ def train(
         )
 
         # ---- the loop -----------------------------------------------------------------------
-        loop_started = time.monotonic()
+        pace = Pace()
         for step in range(done, steps):
             compiled, clock = compilations.total, Stopwatch()
             problems = next(prompts)
@@ -258,9 +259,7 @@ def train(
                     "mismatch": f"{numbers['mismatch/logp_abs_mean']:.1e}",
                     "tokens/s": f"{numbers['time/tokens_per_second']:,.0f}",
                 },
-                seconds_left=(time.monotonic() - loop_started)
-                / (step + 1 - done)
-                * (steps - step - 1),
+                seconds_left=pace.seconds_left(steps - step - 1),
             )
             last = step + 1 == steps
             if last or (checkpoint_every and (step + 1) % checkpoint_every == 0):
@@ -288,21 +287,6 @@ def train(
     if is_writer():
         summary_path.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-class Stopwatch:
-    """Seconds of each part of a step, under `time/`."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {"time/step": 0.0}
-        self._last = time.monotonic()
-
-    def lap(self, part: str) -> None:
-        """Gives the time since the last lap to `part`."""
-        now = time.monotonic()
-        self.seconds[f"time/{part}"] = now - self._last
-        self.seconds["time/step"] += now - self._last
-        self._last = now
 
 
 def _check(
