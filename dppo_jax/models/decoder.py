@@ -63,6 +63,12 @@ def _constant(value: float, size: int, axis: str | None):
     return nnx.Param(jnp.full((size,), value, jnp.float32), axes=(axis,))
 
 
+def _gathered(param: nnx.Param) -> Array:
+    """A parameter for use: whole along `embed`, which only its storage splits (FSDP)."""
+    axes = (None if axis == "embed" else axis for axis in param.axes)
+    return constrain(param[...], *axes)
+
+
 def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float):
     """x / rms(x) · scale, statistics in float32 (Zhang & Sennrich, arXiv 1910.07467)."""
     wide = x.astype(jnp.float32)
@@ -117,7 +123,7 @@ class Block(nnx.Module):
         """q [N, heads, d], and k, v [N, kv_heads, d], rotated to their positions."""
         c = self.config
         y = rms_norm(x, self.attention_norm[...], c.norm_eps)
-        q, k, v = (y @ w[...].astype(y.dtype) for w in (self.q, self.k, self.v))
+        q, k, v = (y @ _gathered(w).astype(y.dtype) for w in (self.q, self.k, self.v))
         if c.qkv_bias:
             q, k, v = (
                 t + b[...].astype(t.dtype)
@@ -131,10 +137,10 @@ class Block(nnx.Module):
 
     def finish(self, x: Float[Array, "N D"], attended: Float[Array, "N HD"]):
         """The residual stream after the attention's projection and the MLP."""
-        x = x + attended @ self.o[...].astype(x.dtype)
+        x = x + attended @ _gathered(self.o).astype(x.dtype)
         y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        gate, up = (y @ w[...].astype(y.dtype) for w in (self.gate, self.up))
-        return x + (jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype)
+        gate, up = (y @ _gathered(w).astype(y.dtype) for w in (self.gate, self.up))
+        return x + (jax.nn.silu(gate) * up) @ _gathered(self.down).astype(x.dtype)
 
 
 class Decoder(nnx.Module):
@@ -157,7 +163,7 @@ class Decoder(nnx.Module):
         self.blocks = stack(rngs)
 
     def embed(self, tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
-        return self.embedding[...][tokens].astype(self.config.dtype)
+        return _gathered(self.embedding)[tokens].astype(self.config.dtype)
 
     def unembedding_matrix(self) -> Float[Array, "V D"]:
         c = self.config
