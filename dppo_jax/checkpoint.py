@@ -22,16 +22,18 @@ class CheckpointError(ValueError):
 
 def _tree(state: TrainState, key: jax.Array) -> dict[str, Any]:
     """The state as nested dicts of arrays, so that other programs can read it."""
-    optimizer = {
-        jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
-    }
-    return {
+
+    def named(tree: Any) -> dict[str, Any]:
+        return {jax.tree_util.keystr(at): leaf for at, leaf in jax.tree.leaves_with_path(tree)}
+
+    tree = {
         "params": state.params,
-        "opt_state": optimizer,
+        "opt_state": named(state.opt_state),
         "step": state.step,
         "key": jax.random.key_data(key),
     }
+    carried = named(state.objective_state)
+    return tree | {"objective_state": carried} if carried else tree
 
 
 class Checkpoints:
@@ -80,11 +82,17 @@ class Checkpoints:
                 ),
             )
         saved = restored.state
-        treedef = jax.tree.structure(like.opt_state)
-        opt_state = jax.tree.unflatten(
-            treedef, [saved["opt_state"][name] for name in target["opt_state"]]
+
+        def rebuilt(name: str, tree: Any) -> Any:
+            leaves = [saved[name][key] for key in target.get(name, ())]
+            return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+        state = TrainState(
+            saved["params"],
+            rebuilt("opt_state", like.opt_state),
+            saved["step"],
+            rebuilt("objective_state", like.objective_state),
         )
-        state = TrainState(saved["params"], opt_state, saved["step"])
         return state, jax.random.wrap_key_data(saved["key"]), restored.position
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from (temperature applied), and say whose they are: ``logp_rollout`` (the sample
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 FINISH_LENGTH = 0  # the token budget ran out
 FINISH_STOP = 1  # the policy sampled an end token, which is part of the response
+
+# What an objective asks of the training loop beside the rollout and the scored policy: Batch.*_old,
+# Batch.logp_ref, TokenStats.exact_*, TokenStats.uniform_logp, TokenStats.values (and their _old).
+Need = Literal["logp_old", "logp_ref", "exact_divergence", "uniform_logp", "values"]
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +57,11 @@ class Batch:
     advantages: Float[Array, "B T"]  # the sequence's advantage at each of its tokens
     logp_old: Float[Array, "B T"] | None = None  # only where an objective's anchor needs it
     topk_logp_old: Float[Array, "B T K"] | None = None
+    logp_ref: Float[Array, "B T"] | None = None  # of the sampled token, by the reference
+    uniform_logp_old: Float[Array, "B T"] | None = None  # TokenStats.uniform_logp before the update
+    values_old: Float[Array, "B T *Q"] | None = None  # the critic's, before the update
+    returns: Float[Array, "B T *Q"] | None = None  # what the critic is trained towards
+    objective_state: Any = None  # TrainState's, put in by the update: without a batch axis
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +72,10 @@ class TokenStats:
     logp: Float[Array, "B T"]  # of the sampled token
     topk_logp: Float[Array, "B T K"]  # of Rollout.topk_ids
     entropy: Float[Array, "B T"]  # nats
+    exact_tv: Float[Array, "B T"] | None = None  # from the rollout policy, over the vocabulary
+    exact_kl: Float[Array, "B T"] | None = None  # KL(rollout policy || current), nats
+    uniform_logp: Float[Array, "B T"] | None = None  # mean over the vocabulary of log π(v)
+    values: Float[Array, "B T *Q"] | None = None  # the critic's: a number, or Q quantiles
 
 
 class Mean(NamedTuple):
@@ -109,7 +122,11 @@ class Objective(NamedTuple):
     """A pure loss and what the training loop must provide for it."""
 
     loss: Callable[[TokenStats, Batch], LossSum]
-    needs_logp_old: bool = False  # Batch.logp_old and Batch.topk_logp_old
+    needs: frozenset[Need] = frozenset()
+    # A state that the objective carries from gradient step to gradient step, as a pytree of arrays:
+    # the loss reads it in Batch.objective_state, `next_state` sees the whole step's metrics.
+    initial_state: Any = ()
+    next_state: Callable[[Any, Metrics], Any] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -120,3 +137,4 @@ class TrainState:
     params: Any  # pytree of float32 arrays
     opt_state: Any
     step: Int[Array, ""]  # gradient steps taken
+    objective_state: Any = ()  # Objective.initial_state and what next_state made of it

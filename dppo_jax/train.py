@@ -156,7 +156,7 @@ def train(
                     seconds_left=(time.monotonic() - started) / step * (of - step),
                 ),
             )
-            state = init_state(initial_policy(context), optimizer)
+            state = init_state(initial_policy(context), optimizer, objective.initial_state)
             before = accuracy(state.params)
             console.say(f"initial policy: held-out accuracy {before.accuracy:.3f}")
             position: dict[str, Any] = {
@@ -170,7 +170,8 @@ def train(
             checkpoints.save(0, state, key, position)
         else:
             shardings = shardings_of(network.logical_axes, devices)
-            like = init_state(jax.jit(network.init, out_shardings=shardings)(key), optimizer)
+            blank = jax.jit(network.init, out_shardings=shardings)(key)
+            like = init_state(blank, optimizer, objective.initial_state)
             checkpoints = Checkpoints(directory / "checkpoints")
             state, _, position = checkpoints.restore(done, like, key)
             prompts.set_state(position["prompts"])
@@ -206,7 +207,7 @@ def train(
             clock.lap("rewards")
 
             batch = _batch(rollout, advantage(jnp.asarray(rewards)), rows)
-            if objective.needs_logp_old:
+            if "logp_old" in objective.needs:
                 old = jax.block_until_ready(score_old(state.params, rollout))
                 batch = dataclasses.replace(batch, logp_old=old.logp, topk_logp_old=old.topk_logp)
             clock.lap("scoring")

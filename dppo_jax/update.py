@@ -1,5 +1,6 @@
 """One gradient step, the one jitted training function: microbatch scan, clip, optimizer."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,12 @@ from dppo_jax.sharding import constrain
 Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, objective_state: Any = ()
+) -> TrainState:
     """Optimizer state for these parameters, sharded as they are, at gradient step 0.
 
+    `objective_state` is an objective's `initial_state`; it is copied, since updates donate theirs.
     Zeros depend on no parameter: unless told, XLA would put all of them on every device.
     """
     shardings = optax.tree.map_params(
@@ -38,7 +42,8 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
         transform_non_params=lambda _: None,
     )
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
+    carried = jax.tree.map(jnp.array, objective_state)
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), carried)
 
 
 def microbatch(rows: Any, index: int | Int[Array, ""], parts: int) -> Any:
@@ -107,7 +112,8 @@ def gradient_step(
         "update/gradient_norm": Mean(optax.tree.norm(grads), one),
         "update/step_norm": Mean(optax.tree.norm(updates), one),
     }
-    return TrainState(params, opt_state, state.step + 1), metrics
+    stepped = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+    return stepped, metrics
 
 
 def make_update(
@@ -124,13 +130,18 @@ def make_update(
     first step after a rollout, with the policy's movement on top in later ones.
     """
 
-    def loss_of(params: Params, batch: Batch) -> LossSum:
-        stats: TokenStats = score(model, params, batch.rollout, temperature=temperature)
-        out = objective.loss(stats, batch)
-        return out._replace(metrics=out.metrics | mismatch(stats, batch.rollout))
-
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return gradient_step(state, loss_of, batch, optimizer, microbatches)
+        def loss_of(params: Params, rows: Batch) -> LossSum:
+            rows = dataclasses.replace(rows, objective_state=state.objective_state)
+            stats: TokenStats = score(model, params, rows.rollout, temperature=temperature)
+            out = objective.loss(stats, rows)
+            return out._replace(metrics=out.metrics | mismatch(stats, rows.rollout))
+
+        after, metrics = gradient_step(state, loss_of, batch, optimizer, microbatches)
+        if objective.next_state is not None:
+            carried = objective.next_state(state.objective_state, metrics)
+            after = dataclasses.replace(after, objective_state=carried)
+        return after, metrics
 
     return jax.jit(update, donate_argnums=0)
 

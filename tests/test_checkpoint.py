@@ -27,7 +27,7 @@ def made_state(seed=0, width=3):
         "embedding": jnp.zeros((5, width)),
         "blocks": {"q": jnp.zeros((2, width, 4)), "norm": jnp.zeros((2, width))},
     }
-    state = init_state(params, OPTIMIZER)
+    state = init_state(params, OPTIMIZER, {"dual": jnp.zeros(())})
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 100, leaf.dtype), state
     )

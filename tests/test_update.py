@@ -289,6 +289,33 @@ def test_an_update_reports_loss_mask_and_mismatch(stepped):
         assert all(np.isfinite(value) for value in numbers.values())
 
 
+def test_a_state_that_the_objective_carries(small):
+    """The loss reads it in every microbatch; it moves once a gradient step, by all of the step."""
+    model, params = small
+    plain = dppo_binary_tv()
+
+    def loss(stats, batch):
+        out = plain.loss(stats, batch)
+        seen = Mean(batch.objective_state["dual"] * out.weight_sum, out.weight_sum)
+        return out._replace(metrics=out.metrics | {"dual/seen": seen})
+
+    def next_state(state, metrics):
+        return {"dual": state["dual"] + metrics["dual/seen"].count}
+
+    objective = plain._replace(
+        loss=loss, initial_state={"dual": jnp.float32(2)}, next_state=next_state
+    )
+    update = make_update(model, objective, optax.sgd(0.0), temperature=1.0, microbatches=2)
+    state = init_state(jax.tree.map(jnp.copy, params), optax.sgd(0.0), objective.initial_state)
+    batch = made_batch()
+    tokens = float(batch.rollout.response_mask.sum())
+    for expected in (2.0, 2.0 + tokens):
+        state, metrics = update(state, batch)
+        assert reduce_metrics(metrics)["dual/seen"] == expected
+    assert float(state.objective_state["dual"]) == 2.0 + 2 * tokens
+    assert float(objective.initial_state["dual"]) == 2  # an update donates its own copy only
+
+
 def test_a_batch_without_a_token_moves_nothing(small, stepped):
     _, _, _, state, numbers = stepped
     assert numbers["update/gradient_norm"] == numbers["update/step_norm"] == 0

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dppo_jax import divergence
-from dppo_jax.records import Batch, TokenStats
+from dppo_jax.records import Batch, Need, TokenStats
 
 LOG_RATIO_CEILING = 60.0  # e^60 = 1e26: sums and products of such ratios stay finite in float32
 
@@ -25,10 +25,10 @@ class AnchorLogps(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """Where a trust region is centred, and whether the trainer must recompute it."""
+    """Where a trust region is centred, and what the training loop must provide for it."""
 
     logps: Callable[[Batch], AnchorLogps]
-    needs_logp_old: bool
+    needs: frozenset[Need] = frozenset()
 
 
 Measure = Callable[[TokenStats, Batch, AnchorLogps], Float[Array, "B T"]]
@@ -37,14 +37,13 @@ Measure = Callable[[TokenStats, Batch, AnchorLogps], Float[Array, "B T"]]
 def rollout_anchor() -> Anchor:
     """The policy that sampled the tokens, mu: the paper's choice (arXiv 2602.04879 sec. 5)."""
     return Anchor(
-        lambda batch: AnchorLogps(batch.rollout.logp_rollout, batch.rollout.topk_logp_rollout),
-        needs_logp_old=False,
+        lambda batch: AnchorLogps(batch.rollout.logp_rollout, batch.rollout.topk_logp_rollout)
     )
 
 
 def old_anchor() -> Anchor:
     """The trainer's recomputation before the update: "decoupled"; the paper finds it unstable."""
-    return Anchor(_old_logps, needs_logp_old=True)
+    return Anchor(_old_logps, needs=frozenset({"logp_old"}))
 
 
 def _old_logps(batch: Batch) -> AnchorLogps:

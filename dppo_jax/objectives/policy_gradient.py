@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
 from dppo_jax.objectives.measures import importance_ratio
 from dppo_jax.objectives.trust_region import TrustRegion
-from dppo_jax.records import Batch, LossSum, Max, Mean, Metrics, Objective, TokenStats
+from dppo_jax.records import Batch, LossSum, Max, Mean, Metrics, Need, Objective, TokenStats
 
 
 class TokenLoss(NamedTuple):
@@ -42,14 +42,14 @@ def policy_gradient(
         logp = jnp.where(weight > 0, stats.logp, 0.0)
         return TokenLoss(-batch.advantages * weight * logp, keep, divergence)
 
-    return from_token_loss(token_loss, aggregate=aggregate, needs_logp_old=region.needs_logp_old)
+    return from_token_loss(token_loss, aggregate=aggregate, needs=region.needs)
 
 
 def from_token_loss(
     token_loss: Callable[[TokenStats, Batch], TokenLoss],
     *,
     aggregate: Aggregation = token_mean,
-    needs_logp_old: bool = False,
+    needs: frozenset[Need] = frozenset(),
 ) -> Objective:
     """An objective from a loss a token: the way in for a loss that is not a policy gradient.
 
@@ -67,7 +67,18 @@ def from_token_loss(
         metrics["loss/policy"] = Mean(loss_sum, weights.total)
         return LossSum(loss_sum, weights.total, jax.lax.stop_gradient(metrics))
 
-    return Objective(loss, needs_logp_old)
+    return Objective(loss, needs)
+
+
+_PER_TOKEN = (  # the fields of Batch with a value at each response token; None where not provided
+    "advantages",
+    "logp_old",
+    "topk_logp_old",
+    "logp_ref",
+    "uniform_logp_old",
+    "values_old",
+    "returns",
+)
 
 
 def _zero_padding(stats: TokenStats, batch: Batch) -> tuple[TokenStats, Batch]:
@@ -85,9 +96,7 @@ def _zero_padding(stats: TokenStats, batch: Batch) -> tuple[TokenStats, Batch]:
             logp_rollout=inside(rollout.logp_rollout),
             topk_logp_rollout=inside(rollout.topk_logp_rollout),
         ),
-        advantages=inside(batch.advantages),
-        logp_old=None if batch.logp_old is None else inside(batch.logp_old),
-        topk_logp_old=None if batch.topk_logp_old is None else inside(batch.topk_logp_old),
+        **jax.tree.map(inside, {name: getattr(batch, name) for name in _PER_TOKEN}),
     )
     return jax.tree.map(inside, stats), cleaned
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dppo_jax.objectives.measures import Anchor, Measure
-from dppo_jax.records import Batch, TokenStats
+from dppo_jax.records import Batch, Need, TokenStats
 
 
 class Decision(NamedTuple):
@@ -22,7 +22,7 @@ class TrustRegion(NamedTuple):
     """A rule that drops tokens, and what the training loop must provide for it."""
 
     decide: Callable[[TokenStats, Batch], Decision]
-    needs_logp_old: bool = False
+    needs: frozenset[Need] = frozenset()
 
 
 def unconstrained() -> TrustRegion:
@@ -51,7 +51,7 @@ def bounded(
         lowered = (batch.advantages < 0) & (stats.logp < logps.logp) & (distance > delta_low)
         return Decision(~(raised | lowered), distance)
 
-    return TrustRegion(decide, centre.needs_logp_old)
+    return TrustRegion(decide, centre.needs)
 
 
 def relax_rare(region: TrustRegion, *, alpha_low: float, alpha_high: float) -> TrustRegion:
@@ -67,4 +67,4 @@ def relax_rare(region: TrustRegion, *, alpha_low: float, alpha_high: float) -> T
         rare = jnp.exp(batch.rollout.logp_rollout) < alpha
         return Decision(verdict.keep | rare, verdict.divergence)
 
-    return TrustRegion(decide, region.needs_logp_old)
+    return TrustRegion(decide, region.needs)

@@ -95,13 +95,9 @@ def scribble_padding(stats, batch, columns):
             poison = jnp.asarray(7, values.dtype)
         return jnp.where(mask.reshape(*mask.shape, *trailing), wide, poison)
 
-    fields = {name: outside(values) for name, values in vars(batch.rollout).items()}
-    return TokenStats(*map(outside, vars(stats).values())), Batch(
-        replace(batch.rollout, **fields | {"response_mask": mask}),
-        outside(batch.advantages),
-        outside(batch.logp_old),
-        outside(batch.topk_logp_old),
-    )
+    wider = jax.tree.map(outside, batch)
+    wider = replace(wider, rollout=replace(wider.rollout, response_mask=mask))
+    return jax.tree.map(outside, stats), wider
 
 
 def loss_and_gradient(objective, stats, batch):

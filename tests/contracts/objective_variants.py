@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dppo_jax import objectives as o
-from dppo_jax.records import Objective
+from dppo_jax.records import Need, Objective
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,11 @@ class Variant:
     name: str
     objective: Objective
     cap: float = float("inf")
-    needs_logp_old: bool = False
+    needs: frozenset[Need] = frozenset()
     measures: bool = True
 
 
+OLD = frozenset[Need]({"logp_old"})
 HORIZON = partial(o.seq_mean_token_sum_norm, horizon=64)
 
 VARIANTS = [
@@ -29,23 +30,19 @@ VARIANTS = [
     Variant("dppo_topk_slots_kl", o.dppo(o.topk_slots_kl_measure, 0.05)),
     Variant("dppo_binary_tv asymmetric", o.dppo_binary_tv(delta_low=0.05, delta_high=0.3)),
     Variant("dppo_binary_tv capped", o.dppo_binary_tv(0.2, cap=5.0), cap=5.0),
-    Variant(
-        "dppo_binary_tv recomputed", o.dppo_binary_tv(anchor=o.old_anchor), needs_logp_old=True
-    ),
-    Variant(
-        "dppo_binary_kl recomputed", o.dppo_binary_kl(anchor=o.old_anchor), needs_logp_old=True
-    ),
-    Variant("dppo_topk_tv recomputed", o.dppo_topk_tv(anchor=o.old_anchor), needs_logp_old=True),
-    Variant("dppo_topk_kl recomputed", o.dppo_topk_kl(anchor=o.old_anchor), needs_logp_old=True),
+    Variant("dppo_binary_tv recomputed", o.dppo_binary_tv(anchor=o.old_anchor), needs=OLD),
+    Variant("dppo_binary_kl recomputed", o.dppo_binary_kl(anchor=o.old_anchor), needs=OLD),
+    Variant("dppo_topk_tv recomputed", o.dppo_topk_tv(anchor=o.old_anchor), needs=OLD),
+    Variant("dppo_topk_kl recomputed", o.dppo_topk_kl(anchor=o.old_anchor), needs=OLD),
     Variant("dppo_binary_kl seq mean", o.dppo_binary_kl(aggregate=o.seq_mean_token_mean)),
     Variant("dppo_binary_tv seq sum", o.dppo_binary_tv(aggregate=o.seq_mean_token_sum)),
     Variant("dppo_binary_tv horizon", o.dppo_binary_tv(aggregate=HORIZON)),
     Variant("grpo", o.grpo()),
-    Variant("grpo recomputed", o.grpo(anchor=o.old_anchor), needs_logp_old=True),
+    Variant("grpo recomputed", o.grpo(anchor=o.old_anchor), needs=OLD),
     Variant("grpo_clip_higher", o.grpo_clip_higher(aggregate=o.seq_mean_token_mean)),
     Variant("grpo_relaxed", o.grpo_relaxed()),
-    Variant("minirl", o.minirl(), needs_logp_old=True),
-    Variant("minirl_tis", o.minirl_tis(), cap=3.0, needs_logp_old=True),
+    Variant("minirl", o.minirl(), needs=OLD),
+    Variant("minirl_tis", o.minirl_tis(), cap=3.0, needs=OLD),
     Variant("pg_is", o.pg_is(), measures=False),
     Variant("pg_tis", o.pg_tis(), cap=3.0, measures=False),
 ]
