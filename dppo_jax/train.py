@@ -308,6 +308,12 @@ def _check(
         )
     if sampling.temperature == 0:
         raise ValueError("temperature=0 explores nothing: set a positive sampling temperature")
+    if sampling.filters.on:
+        raise ValueError(
+            f"top_k={sampling.top_k}, top_p={sampling.top_p}, min_p={sampling.min_p}: training "
+            "samples from the whole distribution, the one that it scores; leave these three at "
+            "0, 1 and 0 (evaluation may set them)"
+        )
     for name, parts in (("minibatches", minibatches), ("microbatches", microbatches)):
         if parts < 1:
             raise ValueError(f"{name}={parts} must be at least 1")

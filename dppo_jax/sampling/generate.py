@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dppo_jax.kernels.filters import Filters
+from dppo_jax.kernels.sampler import Drawn, sample
 from dppo_jax.models.attention import NEGATIVE
 from dppo_jax.models.decoder import (
     Block,
@@ -34,12 +36,16 @@ SMALLEST_STAGE = 32  # response tokens
 @dataclass(frozen=True)
 class SamplingConfig:
     """How responses are drawn. temperature 0 takes the most likely token; its log-probabilities
-    are then those of temperature 1."""
+    are then those of temperature 1. top_k, top_p and min_p as in `kernels.filters`; training
+    wants them off, evaluation may use them."""
 
     max_new_tokens: int
     samples_per_prompt: int
     temperature: float = 1.0
     top_k_capture: int = 20
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    min_p: float = 0.0
     # Sampling one of these ends the response and belongs to it; a run adds its tokenizer's.
     end_ids: tuple[int, ...] = ()
 
@@ -48,6 +54,11 @@ class SamplingConfig:
             raise ValueError("max_new_tokens and samples_per_prompt must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must not be negative")
+        _ = self.filters  # which checks them
+
+    @property
+    def filters(self) -> Filters:
+        return Filters(self.top_k, self.top_p, self.min_p)
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError where this configuration does not fit the vocabulary."""
@@ -68,50 +79,6 @@ class LayerCache(NamedTuple):
     prompt_v: Float[Array, "P Hkv L d"]
     response_k: Float[Array, "B Hkv T d"]
     response_v: Float[Array, "B Hkv T d"]
-
-
-class Drawn(NamedTuple):
-    """What one decoding step records of the distribution that it sampled from."""
-
-    token: Int[Array, " B"]
-    logp: Float[Array, " B"]
-    topk_ids: Int[Array, "B K"]
-    topk_logp: Float[Array, "B K"]
-    entropy: Float[Array, " B"]
-
-
-def inverse_cdf(p: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
-    """Draws an index a row with probability p / sum(p); an index of probability 0 never.
-
-    First a block of about √V indices, then an index in it, each with its own uniform number: two
-    random numbers a row instead of V, and a resolution of 2⁻⁴⁶ where one would give 2⁻²³.
-    """
-    batch, vocab = p.shape
-    width = max(1, int(vocab**0.5))
-    blocks = jnp.pad(p, ((0, 0), (0, -vocab % width))).reshape(batch, -1, width)
-    uniform = jax.random.uniform(key, (2, batch))
-
-    def pick(weights, u):  # the first index whose cumulative weight exceeds u of the total
-        cumulative = jnp.cumsum(weights, axis=-1)
-        target = u[:, None] * cumulative[:, -1:]
-        # u < 1, yet u * total can round up to the total.
-        below_total = jnp.minimum(target, jnp.nextafter(cumulative[:, -1:], 0.0))
-        return jnp.sum(cumulative <= below_total, axis=-1)
-
-    block = pick(jnp.sum(blocks, axis=-1), uniform[0])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return (block * width + pick(inside, uniform[1])).astype(jnp.int32)
-
-
-def draw(logits: Float[Array, "B V"], key: Array, temperature: float, top_k: int) -> Drawn:
-    """Samples from softmax(logits / temperature) and records that distribution."""
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32) / (temperature or 1.0), axis=-1)
-    p = jnp.exp(logp)
-    token = inverse_cdf(p, key) if temperature else jnp.argmax(logp, axis=-1)
-    logp_token = jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
-    topk_logp, topk_ids = jax.lax.top_k(logp, top_k)
-    entropy = -jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1)
-    return Drawn(token, logp_token, topk_ids, topk_logp, entropy)
 
 
 def _attend_cache(
@@ -238,9 +205,14 @@ def generate(
 
     def draw_column(hidden, progress: _Progress) -> _Progress:
         step, caches, active, record, mask = progress
-        logits = jnp.dot(hidden, unembedding.T, preferred_element_type=jnp.float32)
-        column_key = jax.random.fold_in(key, step)
-        drawn = draw(logits, column_key, settings.temperature, settings.top_k_capture)
+        drawn = sample(
+            hidden,
+            unembedding,
+            jax.random.fold_in(key, step),
+            temperature=settings.temperature,
+            top_k_capture=settings.top_k_capture,
+            filters=settings.filters,
+        )
         drawn = jax.tree.map(
             lambda leaf: jnp.where(active.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0), drawn
         )

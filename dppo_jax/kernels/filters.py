@@ -1,0 +1,104 @@
+"""Sampling filters, each a threshold on the logits: top-k, top-p (nucleus) and min-p.
+
+The kept set of a row is {v : z_v >= threshold}. Nothing is sorted: the threshold is found by
+bisection over the 32 bits of a float, one masked sum over the row a bit, which vectorises on every
+backend where a sort of the vocabulary does not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which tokens may be sampled. The defaults keep all.
+
+    top_k: the k most likely; 0 is off, and so is a k of the vocabulary or more.
+    top_p: of those, renormalised, the fewest most likely whose mass reaches p
+      (arXiv 1904.09751); 1 is off.
+    min_p: of those, the ones with at least min_p times the most likely token's probability
+      (arXiv 2407.01082); 0 is off.
+
+    In this order, that of Hugging Face's generate and of vLLM before its version 1, which puts
+    min-p first: that differs where top_p is on as well, and then keeps fewer tokens.
+    Tokens that tie with the last one kept are kept: the set is a function of the probabilities
+    alone. Hugging Face and vLLM do the same for top-k, and cut ties in sorting order for top-p.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must not be negative (0: keep all)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1: keep all)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must be within 0..1 (0: keep all)")
+
+    @property
+    def on(self) -> bool:
+        """Whether anything can be dropped."""
+        return self != Filters()
+
+
+def threshold(logits: Float[Array, "B V"], filters: Filters) -> Float[Array, " B"]:
+    """The least logit that `filters` keep in each row; -inf where they keep all.
+
+    `logits` are those that are sampled from, temperature applied, in float32. Masses are float32
+    sums: a token whose inclusion depends on the seventh digit of a mass may fall on either side.
+    """
+    largest = jnp.max(logits, axis=1)
+    least = jnp.full_like(largest, -jnp.inf)
+    if 0 < filters.top_k < logits.shape[1]:
+        least = _highest(
+            lambda t: jnp.sum(logits >= t[:, None], axis=1, dtype=jnp.int32) >= filters.top_k,
+            largest,
+        )
+    if filters.top_p < 1:
+        mass = jnp.exp(logits - largest[:, None])
+        mass = jnp.where(logits >= least[:, None], mass, 0.0)
+        enough = filters.top_p * jnp.sum(mass, axis=1)
+        nucleus = _highest(
+            lambda t: jnp.sum(jnp.where(logits >= t[:, None], mass, 0.0), axis=1) >= enough,
+            largest,
+        )
+        least = jnp.maximum(least, nucleus)
+    if filters.min_p > 0:
+        least = jnp.maximum(least, largest + jnp.log(jnp.float32(filters.min_p)))
+    return least
+
+
+def _highest(
+    enough: Callable[[Float[Array, " B"]], Array], largest: Float[Array, " B"]
+) -> Float[Array, " B"]:
+    """The highest float t <= largest with enough(t), a row at a time; -inf where none has it.
+
+    `enough` must hold below every t where it holds.
+    """
+    low = jnp.full(largest.shape, _order(jnp.float32(-jnp.inf)))
+
+    def halve(_, bounds):
+        low, high = bounds  # enough(low), and not enough(high)
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
+        holds = enough(_float(middle))
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    low, _ = lax.fori_loop(0, 32, halve, (low, _order(largest) + 1))
+    return _float(low)
+
+
+def _order(x: Float[Array, "*N"]) -> Array:
+    """An int32 for each float32, in the same order."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def _float(order: Array) -> Array:
+    bits = jnp.where(order < 0, order ^ jnp.int32(0x7FFFFFFF), order)
+    return lax.bitcast_convert_type(bits, jnp.float32)

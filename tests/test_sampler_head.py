@@ -1,0 +1,187 @@
+"""The sampler's head: which tokens the filters keep, how often each is drawn, what is recorded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dppo_jax.kernels.filters import Filters, threshold
+from dppo_jax.kernels.sampler import draw, inverse_cdf, sample
+
+
+def kept64(logits, filters):
+    """The kept set of one row by its definition, in float64: sort, cut, renormalise, cut, cut.
+
+    Also the least distance of a mass from top_p, or of a logit from min_p's: what is nearer than
+    float32 resolves may fall on either side.
+    """
+    z = np.asarray(logits, np.float64)
+    kept = np.ones(len(z), bool)
+    slack = np.inf
+    if filters.top_k:
+        kept &= z >= np.sort(z)[::-1][min(filters.top_k, len(z)) - 1]
+    if filters.top_p < 1:
+        p = np.where(kept, np.exp(z - z.max()), 0.0)
+        p /= p.sum()
+        levels = np.unique(z[kept])[::-1]
+        before = np.array([p[z > level].sum() for level in levels])
+        slack = np.abs(before - filters.top_p).min()
+        kept &= z >= levels[before < filters.top_p].min()
+    if filters.min_p:
+        least = z.max() + np.log(filters.min_p)
+        slack = min(slack, np.abs(z[np.isfinite(z)] - least).min())
+        kept &= z >= least
+    return kept, slack
+
+
+def rows_of(seed, batch, vocab, kind):
+    rng = np.random.default_rng(seed)
+    if kind == "ties":  # few different values, of both signs, zeros of both signs among them
+        z = rng.integers(-3, 3, size=(batch, vocab)) * 0.7
+        z[rng.random(z.shape) < 0.2] = -0.0
+    elif kind == "wide":
+        z = rng.normal(size=(batch, vocab)) * 30
+    else:
+        z = rng.normal(size=(batch, vocab)) * 2
+        z[:, 1:][rng.random((batch, vocab - 1)) < 0.2] = -np.inf
+    return z.astype(np.float32)
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**31),
+    vocab=st.sampled_from([1, 2, 7, 33]),
+    kind=st.sampled_from(["ties", "wide", "with -inf"]),
+    top_k=st.sampled_from([0, 1, 3, 20, 100]),
+    top_p=st.sampled_from([1.0, 0.999, 0.95, 0.5, 1e-6]),
+    min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+)
+def test_the_kept_set_is_that_of_float64(seed, vocab, kind, top_k, top_p, min_p):
+    filters = Filters(top_k, top_p, min_p)
+    z = rows_of(seed, 6, vocab, kind)
+    kept = z >= np.asarray(threshold(jnp.asarray(z), filters))[:, None]
+    for ours, row in zip(kept, z, strict=True):
+        expected, slack = kept64(row, filters)
+        assert ours[np.argmax(row)]
+        if slack > 1e-5 or min_p == 1.0:
+            np.testing.assert_array_equal(ours & np.isfinite(row), expected & np.isfinite(row))
+
+
+def test_kept_sets_by_hand():
+    """Probabilities 0.4, 0.2, 0.2, 0.1, 0.1 in mixed order."""
+    z = jnp.log(jnp.array([[0.2, 0.4, 0.1, 0.2, 0.1]]))
+
+    def kept(**filters):
+        return np.flatnonzero(z[0] >= threshold(z, Filters(**filters))[0]).tolist()
+
+    assert kept() == kept(top_k=5) == kept(top_k=9) == [0, 1, 2, 3, 4]
+    assert kept(top_k=1) == kept(top_p=0.4) == kept(min_p=0.6) == [1]
+    assert kept(top_k=2) == kept(top_k=3) == [0, 1, 3]  # the tie is kept whole
+    assert kept(top_p=0.41) == kept(top_p=0.7) == kept(min_p=0.3) == [0, 1, 3]
+    assert kept(top_p=0.81) == kept(min_p=0.2) == [0, 1, 2, 3, 4]
+    # 0.4 is half of what the three hold: top-p renormalises
+    assert kept(top_k=3, top_p=0.49) == [1] and kept(top_k=3, top_p=0.51) == [0, 1, 3]
+
+
+def test_filters_that_mean_nothing_are_refused():
+    for wrong, message in (
+        (dict(top_k=-1), "top_k=-1"),
+        (dict(top_p=0.0), "top_p=0.0"),
+        (dict(top_p=1.5), "top_p=1.5"),
+        (dict(min_p=-0.1), "min_p=-0.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Filters(**wrong)
+    assert not Filters().on and Filters(top_k=1).on and Filters(top_p=0.9).on
+
+
+FILTERS = [
+    Filters(),
+    Filters(top_k=6),
+    Filters(top_p=0.8),
+    Filters(min_p=0.1),
+    Filters(top_k=9, top_p=0.9, min_p=0.05),
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_frequencies_are_the_recorded_distribution(filters):
+    """Chi-square of 40,000 draws at temperature 0.8 against float64; nothing outside the set."""
+    vocab, draws = 23, 40_000
+    z = np.random.default_rng(1).normal(size=vocab).astype(np.float32) * 1.5
+    kept, slack = kept64(z / 0.8, filters)
+    assert slack > 1e-3
+    p = np.where(kept, np.exp(z.astype(np.float64) / 0.8), 0)
+    p /= p.sum()
+    logits = jnp.broadcast_to(jnp.asarray(z), (draws, vocab))
+    out = draw(logits, jax.random.key(3), 0.8, 4, filters)
+    counts = np.bincount(np.asarray(out.token), minlength=vocab)
+    assert (counts[~kept] == 0).all()
+    chi2 = ((counts - draws * p)[kept] ** 2 / (draws * p[kept])).sum()
+    assert chi2 < kept.sum() + 4 * (2 * kept.sum()) ** 0.5  # four standard deviations
+    np.testing.assert_allclose(np.exp(out.logp), p[np.asarray(out.token)], rtol=2e-5)
+    np.testing.assert_allclose(out.entropy[0], -(p[kept] * np.log(p[kept])).sum(), rtol=1e-5)
+    best = np.argsort(-p, kind="stable")[:4]
+    np.testing.assert_array_equal(out.topk_ids[0], best)
+    np.testing.assert_allclose(np.exp(out.topk_logp[0]), p[best], rtol=2e-5)
+
+
+def test_the_unfiltered_distribution_can_be_recorded_instead():
+    logits = jax.random.normal(jax.random.key(0), (500, 19)) * 2
+    filters = Filters(top_k=3)
+    plain = draw(logits, jax.random.key(1), 0.9, 5)
+    filtered = draw(logits, jax.random.key(1), 0.9, 5, filters)
+    raw = draw(logits, jax.random.key(1), 0.9, 5, filters, record_unfiltered=True)
+    np.testing.assert_array_equal(raw.token, filtered.token)
+    for name in ("topk_ids", "topk_logp", "entropy"):
+        np.testing.assert_array_equal(getattr(raw, name), getattr(plain, name))
+    logp = jax.nn.log_softmax(logits / 0.9)
+    np.testing.assert_allclose(raw.logp, logp[np.arange(500), raw.token], rtol=1e-6)
+    assert (np.asarray(filtered.topk_logp)[:, 3:] == -np.inf).all()
+    assert (np.asarray(filtered.logp) > np.asarray(raw.logp)).all()
+
+
+@pytest.mark.parametrize("filters", [Filters(), Filters(top_p=0.5)], ids=str)
+def test_temperature_zero_takes_the_first_of_the_most_likely(filters):
+    logits = jnp.array([[0.0, 2.0, 2.0, -1.0], [-jnp.inf, -3.0, -4.0, -3.0]])
+    out = draw(logits, jax.random.key(0), 0.0, 2, filters)
+    np.testing.assert_array_equal(out.token, [1, 1])
+    assert out.token.dtype == out.topk_ids.dtype == jnp.int32
+    if not filters.on:
+        np.testing.assert_allclose(out.logp, jax.nn.log_softmax(logits)[:, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_head_draws_from_float32_logits(dtype):
+    hidden = jax.random.normal(jax.random.key(0), (3, 8), dtype)
+    unembedding = jax.random.normal(jax.random.key(1), (29, 8), dtype)
+    ours = sample(hidden, unembedding, jax.random.key(2), temperature=0.7, top_k_capture=4)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(unembedding, np.float64).T
+    want = draw(jnp.asarray(logits, jnp.float32), jax.random.key(2), 0.7, 4)
+    assert ours.logp.dtype == ours.topk_logp.dtype == ours.entropy.dtype == jnp.float32
+    for a, b in zip(ours, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_inverse_cdf_has_the_right_frequencies():
+    """Chi-square over 60,000 draws from a distribution with zeros and rare tokens."""
+    rng = np.random.default_rng(0)
+    weights = rng.exponential(size=23) ** 3
+    weights[[0, 5, 22]] = 0
+    p = (weights / weights.sum()).astype(np.float32)
+    draws = 60_000
+    picked = inverse_cdf(jnp.broadcast_to(p, (draws, 23)), jax.random.key(0))
+    counts = np.bincount(np.asarray(picked), minlength=23)
+    assert (counts[p == 0] == 0).all()
+    expected = p[p > 0] * draws
+    chi2 = ((counts[p > 0] - expected) ** 2 / expected).sum()
+    assert chi2 < 45.3  # the 0.999 quantile at 19 degrees of freedom is 43.8
+
+
+def test_inverse_cdf_never_leaves_the_support():
+    """Uniforms at the ends of [0, 1) with total mass below and above one."""
+    for total in (0.3, 1.0, 1.7):
+        p = jnp.array([[0.0, total, 0.0, 0.0, 0.0]] * 4096, jnp.float32)
+        assert (np.asarray(inverse_cdf(p, jax.random.key(1))) == 1).all()
