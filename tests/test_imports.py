@@ -13,7 +13,8 @@ OWN = {
     "records": set(),
     "divergence": {"records"},
     "advantages": {"records"},
-    "objectives": {"records", "divergence", "objectives"},
+    "bounds": set(),
+    "objectives": {"records", "divergence", "bounds", "objectives"},
     "kernels": {"kernels"},
     "rewards": {"rewards", "prompts"},
     "optimizer": set(),
@@ -33,6 +34,7 @@ FORBIDDEN = {
     "rewards": {"jax", "jaxlib", "flax", "optax"},
     "objectives": {"flax", "optax", "numpy"},
     "divergence": {"flax", "optax", "numpy"},
+    "bounds": {"flax", "optax", "numpy"},
     "advantages": {"flax", "optax", "numpy"},
     "kernels": {"flax", "optax", "numpy"},
 }
