@@ -119,11 +119,18 @@ def _parser() -> argparse.ArgumentParser:
         data,
         "prepare",
         _data_prepare,
-        "Write a data set as TFDS array_record files: arithmetic, stories, gsm8k.",
-        "dppo data prepare gsm8k --from train.jsonl.gz",
+        "Write a data set as TFDS array_record files: arithmetic, stories, gsm8k, math, math500, "
+        "dapo_math_17k, aime24, aime25, amc, sanity_math_1k5, or your own under a new name.",
+        "dppo data prepare gsm8k --from FOLDER\n"
+        "         dppo data prepare mine --jsonl q.jsonl --prompt-field q --answer-field a",
     )
     prepare.add_argument("name")
-    prepare.add_argument("--from", dest="source", help="file or folder to read")
+    prepare.add_argument("--from", dest="source", help="file or folder (default: downloaded)")
+    prepare.add_argument("--jsonl", help="your own .jsonl, .json or .parquet file, or .gz, or a "
+                         "folder with train and test files")  # fmt: skip
+    prepare.add_argument("--split", help="of your own file (default: test or train, by its name)")
+    for field in ("prompt", "answer", "solution", "subject", "level"):
+        prepare.add_argument(f"--{field}-field", help="of your own rows; a.b leads into objects")
     prepare.add_argument("--data-dir", default="runs/data", help="(default: runs/data)")
     prepare.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -215,14 +222,33 @@ def _bench_step(options: argparse.Namespace) -> None:
 
 
 def _data_prepare(options: argparse.Namespace) -> None:
-    from dppo_jax.prompts.store import prepare
+    from dppo_jax.prompts.fields import Fields
+    from dppo_jax.prompts.store import prepare, prepare_own
 
-    done = prepare(options.name, options.data_dir, options.source)
+    own = {name: getattr(options, f"{name}_field") for name in
+           ("prompt", "answer", "solution", "subject", "level")}  # fmt: skip
+    if options.jsonl is None:
+        if any(own.values()) or options.split:
+            raise ValueError("--split and --...-field describe your own rows: give --jsonl FILE")
+        done = prepare(options.name, options.data_dir, options.source)
+    else:
+        if options.source or not (own["prompt"] and own["answer"]):
+            raise ValueError("--jsonl FILE needs --prompt-field and --answer-field, and no --from")
+        fields = Fields(
+            (own["prompt"],),
+            (own["answer"],),
+            own["solution"] or "",
+            *((own[name],) if own[name] else () for name in ("subject", "level")),
+        )
+        done = prepare_own(options.name, options.data_dir, options.jsonl, fields, options.split)
     if options.json:
         print(json.dumps(done._asdict() | {"path": str(done.path)}))
-    else:
-        sizes = ", ".join(f"{split} {count}" for split, count in done.splits.items())
-        print(f"{done.path}: {sizes}" + (" (already there)" if done.reused else ""))
+        return
+    sizes = ", ".join(f"{split} {count}" for split, count in done.splits.items())
+    print(f"{done.path}: {sizes}" + (" (already there)" if done.reused else ""))
+    for split, reasons in done.dropped.items():
+        left_out = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        print(f"left out of {split}: {left_out}")
 
 
 def _start_jax() -> None:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dppo_jax.prompts import arithmetic, gsm8k, store, stories
+from dppo_jax.prompts import arithmetic, store, stories
 from dppo_jax.prompts.examples import Example, PromptFileError
+from dppo_jax.prompts.sets import read_public
 from dppo_jax.rewards.verifiers import arithmetic_answer
 
 GSM8K = Path(__file__).parents[2] / "shared/data/gsm8k"
@@ -163,8 +164,7 @@ def test_a_race_to_prepare_is_won_by_the_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "source", "options", "message"),
     [
-        ("gsm9k", None, {}, "'gsm9k'; there are arithmetic, stories, gsm8k"),
-        ("gsm8k", None, {}, "--from FILE_OR_DIR"),
+        ("gsm9k", None, {}, r"'gsm9k' \(did you mean gsm8k\?\); there are arithmetic, stories"),
         ("gsm8k", "x.jsonl", {"seed": 1}, "has no options, got seed"),
         ("gsm8k", "x.jsonl", {}, "x.jsonl: no such file or folder"),
         ("stories", "x.jsonl", {}, "takes no --from"),
@@ -184,9 +184,9 @@ def test_a_folder_that_tfds_did_not_finish_is_refused(tmp_path):
 
 
 def test_load_says_what_to_do(tmp_path):
-    with pytest.raises(PromptFileError, match="dppo data prepare gsm8k --from FILE_OR_DIR"):
+    with pytest.raises(PromptFileError, match=r"dppo data prepare gsm8k \[--from FILE"):
         store.load("gsm8k", tmp_path, "train")
-    with pytest.raises(ValueError, match="there are arithmetic"):
+    with pytest.raises(ValueError, match="did you mean gsm8k"):
         store.load("gsm9k", tmp_path, "train")
     store.prepare("arithmetic", tmp_path, smallest=2, largest=9, held_out=8)
     with pytest.raises(PromptFileError, match="no split 'dev'; there is test, train"):
@@ -209,8 +209,8 @@ def test_gsm8k_folder_and_file(tmp_path):
         Example("train-3", "Où ?", "1004", "2+2\n#### 1,004"),
     ]
     assert store.load("gsm8k", tmp_path / "data", "test")[0].id == "test-1"
-    assert list(gsm8k.examples(files / "test.jsonl.gz")) == ["test"]
-    assert list(gsm8k.examples(files / "train.jsonl")) == ["train"]
+    assert list(read_public("gsm8k", files / "test.jsonl.gz")[0]) == ["test"]
+    assert list(read_public("gsm8k", files / "train.jsonl")[0]) == ["train"]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_gsm8k_folder_and_file(tmp_path):
         (b"[1]", "line 1: a JSON list"),
         (b"{}", "line 1: field 'answer' is missing.*no fields"),
         (b'{"answer": "#### 1", "q": 1}', "field 'question' is missing.*has 'answer', 'q'"),
-        (b'{"answer": 4}', "field 'answer' is 4"),
+        (b'{"answer": 4}', "field 'answer' is 4; it must be a non-empty string"),
         (b'{"answer": "#### 1", "question": " "}', "field 'question' is ' '"),
         (row(answer="4").encode(), "line 1: the answer ends in '4'; it must end in"),
         (row(answer="#### four").encode(), "ends in '#### four'"),
@@ -242,20 +242,13 @@ def test_damaged_and_doubtful_gsm8k_files(tmp_path):
     whole = gzip.compress("\n".join(row(str(n)) for n in range(999)).encode())
     (tmp_path / "train.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(PromptFileError, match="damaged or cut off"):
-        gsm8k.examples(tmp_path)
+        read_public("gsm8k", tmp_path)
     (tmp_path / "train.jsonl").write_text(row())
     with pytest.raises(PromptFileError, match="both exist"):
-        gsm8k.examples(tmp_path)
+        read_public("gsm8k", tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PromptFileError, match="no GSM8K files"):
-        gsm8k.examples(tmp_path / "empty")
-
-
-def test_a_test_prompt_in_train_is_refused(tmp_path):
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(row())
-    with pytest.raises(PromptFileError, match="test-1 has the prompt of train example train-1"):
-        store.prepare("gsm8k", tmp_path / "data", tmp_path)
+    with pytest.raises(PromptFileError, match="no gsm8k files"):
+        read_public("gsm8k", tmp_path / "empty")
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="shared/data/gsm8k is not beside the repository")

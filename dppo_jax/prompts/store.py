@@ -1,14 +1,17 @@
-"""Data sets on disk: TFDS array_record files, written and read without TensorFlow or a network.
+"""Data sets on disk: TFDS array_record files, written and read without TensorFlow.
 
-`prepare` writes a data set once; `load` opens a split of it for random access. The files lie in
-`data_dir/NAME/VERSION/` and are ordinary TFDS: `tfds.builder_from_directory` reads them too.
+`prepare` and `prepare_own` write a data set once; `load` opens a split of it for random access.
+The files lie in `data_dir/NAME/VERSION/` and are ordinary TFDS: `tfds.builder_from_directory`
+reads them too. Only `prepare` without a source, of a published set, uses the network.
 """
 
 import contextlib
+import difflib
 import hashlib
 import io
 import operator
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,18 +20,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dppo_jax.prompts import arithmetic, gsm8k, stories
+from dppo_jax.prompts import arithmetic, stories
 from dppo_jax.prompts.examples import Example, PromptFileError
+from dppo_jax.prompts.fields import Fields
+from dppo_jax.prompts.sets import PUBLIC, Dropped, Splits, read_own, read_public
 
-VERSION = "1.0.0"  # of the files' layout and of the data sets that the project makes itself
+VERSION = "1.1.0"  # of the files' layout and of the data sets that the project makes itself
 
-Splits = dict[str, list[Example]]
 _MADE_HERE: dict[str, Callable[..., Splits]] = {
     "arithmetic": arithmetic.examples,
     "stories": stories.examples,
 }
-_FROM_FILES: dict[str, Callable[[Path], Splits]] = {"gsm8k": gsm8k.examples}
-NAMES = (*_MADE_HERE, *_FROM_FILES)
+NAMES = (*_MADE_HERE, *PUBLIC)
 
 
 class Prepared(NamedTuple):
@@ -37,6 +40,7 @@ class Prepared(NamedTuple):
     name: str
     path: Path
     splits: dict[str, int]  # examples in each
+    dropped: Dropped  # rows left out of each split, by reason
     fingerprint: str  # of every example in every split
     reused: bool  # the same examples were there already
 
@@ -46,14 +50,42 @@ def prepare(
 ) -> Prepared:
     """Writes data set `name` below `data_dir`, or finds that it is there already.
 
-    `source` is the file or folder that data sets from files are read from; `options` are those of
-    the data set's `examples` function (arithmetic: smallest, largest, held_out, seed). Every row
-    is read and checked before anything is written, and the files appear by one rename. If the
-    folder holds other examples under this name, PromptFileError: a run that resumes must not find
-    its held-out set changed.
+    `source` is the file or folder that a published set is read from; where None it is downloaded
+    from its public home. `options` are those of the `examples` function of a set that the project
+    makes (arithmetic: smallest, largest, held_out, seed). Every row is read and checked before
+    anything is written, and the files appear by one rename. If the folder holds other examples
+    under this name, PromptFileError: a run that resumes must not find its held-out set changed.
     """
-    splits = _examples(name, source, options)
-    _refuse_leaks(splits)
+    if name in PUBLIC:
+        if options:
+            raise ValueError(f"{name} has no options, got {', '.join(options)}")
+        if source is None and (path := _path(name, data_dir)).exists():
+            return _found(name, path)
+        return _store(name, data_dir, *read_public(name, None if source is None else Path(source)))
+    if name not in _MADE_HERE:
+        raise ValueError(_unknown(name, NAMES))
+    if source is not None:
+        raise ValueError(f"{name} is made by the project itself and takes no --from")
+    return _store(name, data_dir, _MADE_HERE[name](**options), {})
+
+
+def prepare_own(
+    name: str, data_dir: str | Path, source: str | Path, fields: Fields, split: str | None = None
+) -> Prepared:
+    """`prepare` for anyone's jsonl, json or parquet files, under a name of their choice."""
+    if name in NAMES or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        problem = "is a set of the project" if name in NAMES else "is no name for a data set"
+        raise ValueError(f"{name!r} {problem}; choose a name of a-z, 0-9 and _ that is not taken")
+    return _store(name, data_dir, *read_own(name, Path(source), fields, split))
+
+
+def _found(name: str, path: Path) -> Prepared:
+    info = _open(path).info
+    sizes = {split: each.num_examples for split, each in info.splits.items()}
+    return Prepared(name, path, sizes, {}, str((info.metadata or {})["fingerprint"]), True)
+
+
+def _store(name: str, data_dir: str | Path, splits: Splits, dropped: Dropped) -> Prepared:
     fingerprint = _fingerprint(splits)
     path = _path(name, data_dir)
     reused = path.exists()
@@ -71,7 +103,7 @@ def prepare(
             " it anew, or choose another data folder"
         )
     sizes = {split: len(examples) for split, examples in splits.items()}
-    return Prepared(name, path, sizes, fingerprint, reused)
+    return Prepared(name, path, sizes, dropped, fingerprint, reused)
 
 
 class PromptSource(Sequence[Example]):
@@ -97,9 +129,10 @@ def load(name: str, data_dir: str | Path, split: str) -> PromptSource:
     if not path.exists() and name in _MADE_HERE:
         prepare(name, data_dir)
     if not path.exists():
+        if name not in NAMES:
+            raise ValueError(_unknown(name, (*NAMES, *_prepared(data_dir))))
         raise PromptFileError(
-            f"{path}: {name} is not prepared; run: dppo data prepare {name}"
-            + (" --from FILE_OR_DIR" if name in _FROM_FILES else "")
+            f"{path}: {name} is not prepared; run: dppo data prepare {name} [--from FILE_OR_DIR]"
         )
     builder = _open(path)
     if split not in builder.info.splits:
@@ -107,6 +140,12 @@ def load(name: str, data_dir: str | Path, split: str) -> PromptSource:
             f"{path}: no split {split!r}; there is {', '.join(sorted(builder.info.splits))}"
         )
     return PromptSource(builder.as_data_source(split))
+
+
+def splits_of(name: str, data_dir: str | Path) -> list[str]:
+    """The splits of a data set that is prepared, or made by the project itself."""
+    path = _path(name, data_dir)
+    return sorted(_open(path).info.splits) if path.exists() else []
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -139,28 +178,18 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
             yield key, row._asdict()
 
 
-def _examples(name: str, source: str | Path | None, options: dict[str, int]) -> Splits:
-    if name in _FROM_FILES:
-        if source is None:
-            raise ValueError(f"{name} is read from files; give them: --from FILE_OR_DIR")
-        if options:
-            raise ValueError(f"{name} has no options, got {', '.join(options)}")
-        return _FROM_FILES[name](Path(source))
-    if name not in _MADE_HERE:
-        raise ValueError(f"no data set is called {name!r}; there are {', '.join(NAMES)}")
-    if source is not None:
-        raise ValueError(f"{name} is made by the project itself and takes no --from")
-    return _MADE_HERE[name](**options)
+def _unknown(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    return (
+        f"no data set is called {name!r}{meant}; there are {', '.join(names)}; your own:"
+        " dppo data prepare NAME --jsonl FILE --prompt-field FIELD --answer-field FIELD"
+    )
 
 
-def _refuse_leaks(splits: Splits) -> None:
-    trained = {example.prompt: example.id for example in splits.get("train", [])}
-    for example in splits.get("test", []):
-        if example.prompt in trained:
-            raise PromptFileError(
-                f"test example {example.id} has the prompt of train example"
-                f" {trained[example.prompt]}; remove it from one of them"
-            )
+def _prepared(data_dir: str | Path) -> list[str]:
+    folder = Path(data_dir).expanduser()
+    return sorted(path.parent.name for path in folder.glob(f"*/{VERSION}"))
 
 
 def _fingerprint(splits: Splits) -> str:
@@ -172,8 +201,6 @@ def _fingerprint(splits: Splits) -> str:
 
 
 def _path(name: str, data_dir: str | Path) -> Path:
-    if name not in NAMES:
-        raise ValueError(f"no data set is called {name!r}; there are {', '.join(NAMES)}")
     return Path(data_dir).expanduser() / name / VERSION
 
 

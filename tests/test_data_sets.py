@@ -1,0 +1,258 @@
+"""Published data sets and anyone's own files: how rows become examples, and what is refused."""
+
+import gzip
+import http.server
+import json
+import re
+import threading
+
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from dppo_jax.prompts import store
+from dppo_jax.prompts.examples import Example, PromptFileError
+from dppo_jax.prompts.fields import Fields, last_boxed
+from dppo_jax.prompts.sets import PUBLIC, read_own, read_public
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+PROBLEM = {"problem": "What is 1+1?", "answer": "2"}
+DAPO = {"prompt": [{"role": "user", "content": "Find x."}], "reward_model": {"ground_truth": "34"}}
+WRAPPED = (
+    "Solve the following math problem step by step. The last line of your response should be of"
+    " the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    'Find x.\n\nRemember to put your answer on its own line after "Answer:".'
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "row", "expected"),
+    [
+        ("gsm8k", "train.jsonl", {"question": "Q", "answer": "1+1\n#### 1,002"},
+         Example("train-1", "Q", "1002", "1+1\n#### 1,002")),
+        ("math", "train.jsonl", {"problem": "Q", "solution": r"so $\boxed{\frac{1}{2}}$.",
+                                 "level": "Level 3", "type": "Algebra"},
+         Example("train-1", "Q", r"\frac{1}{2}", r"so $\boxed{\frac{1}{2}}$.", "Algebra", "3")),
+        ("math", "math_train_answers.jsonl", {"problem": "Q", "answer": "7", "difficulty": 2.0,
+                                              "type": "Geometry"},
+         Example("train-1", "Q", "7", "", "Geometry", "2")),
+        ("math500", "test.jsonl", {"problem": "Q", "answer": "x", "solution": r"\boxed{y}",
+                                   "level": 5, "subject": "Algebra"},
+         Example("test-1", "Q", "x", r"\boxed{y}", "Algebra", "5")),
+        ("dapo_math_17k", "dapo-math-17k.jsonl", DAPO, Example("train-1", "Find x.", "34", "")),
+        ("dapo_math_17k", "train.jsonl",
+         DAPO | {"prompt": [{"content": WRAPPED}]}, Example("train-1", "Find x.", "34", "")),
+        ("aime24", "aime24.jsonl", PROBLEM, Example("test-1", "What is 1+1?", "2", "")),
+        ("aime25", "aime25.jsonl", PROBLEM, Example("test-1", "What is 1+1?", "2", "")),
+        ("amc", "amc.jsonl", PROBLEM | {"answer": 142.0}, Example("test-1", "What is 1+1?", "142",
+                                                                  "")),
+        ("sanity_math_1k5", "train.jsonl", PROBLEM, Example("train-1", "What is 1+1?", "2", "")),
+    ],
+)  # fmt: skip
+def test_rows_of_every_set(tmp_path, name, file, row, expected):
+    jsonl(tmp_path / file, row)
+    splits, dropped = read_public(name, tmp_path)
+    assert splits == {expected.id.split("-")[0]: [expected]} and not dropped
+    assert read_public(name, tmp_path / file)[0] == splits  # the file alone
+
+
+def test_every_public_set_has_a_home_for_each_split():
+    for name, known in PUBLIC.items():
+        assert known.homes.keys() == known.stems.keys(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "sizes", "dropped"),
+    [
+        ("math", "math", {"train": 7469, "test": 5000},
+         {"train": {"no answer": 4, "also in test": 1}}),
+        ("math500", "math", {"test": 500}, {}),
+        ("dapo_math_17k", "rl_prompts", {"train": 17243},
+         {"train": {"duplicate": 650, "contradicting answers": 24}}),
+        ("sanity_math_1k5", "rl_prompts", {"train": 1460}, {}),
+        ("aime24", "eval", {"test": 30}, {}),
+        ("aime25", "eval", {"test": 30}, {}),
+        ("amc", "eval", {"test": 83}, {}),
+    ],
+)  # fmt: skip
+def test_the_real_files(shared_data, name, folder, sizes, dropped):
+    splits, left_out = read_public(name, shared_data / folder)
+    assert {split: len(rows) for split, rows in splits.items()} == sizes and left_out == dropped
+    for rows in splits.values():
+        assert len({row.prompt for row in rows}) == len({row.id for row in rows}) == len(rows)
+        assert all(row.answer for row in rows)
+
+
+def test_what_is_prepared_is_found_again(tmp_path):
+    jsonl(tmp_path / "aime24.jsonl", PROBLEM, PROBLEM)
+    prepared = store.prepare("aime24", tmp_path / "data", tmp_path)
+    assert prepared.dropped == {"test": {"duplicate": 1}}
+    # Without a source, what is there is taken and nothing is downloaded.
+    assert store.prepare("aime24", tmp_path / "data") == prepared._replace(reused=True, dropped={})
+    assert store.splits_of("aime24", tmp_path / "data") == ["test"]
+
+
+def test_the_last_box_of_maths_solutions_is_the_answer_of_math500(shared_data):
+    with gzip.open(shared_data / "math/math500.jsonl.gz") as file:
+        rows = [json.loads(line) for line in file]
+    assert all(last_boxed(row["solution"]) == row["answer"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{1} and \boxed{2}", "2"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\fbox{ 3 }", "3"),
+        (r"is $\boxed 5$.", "5"),
+        (r"\boxed{\frac{1}{2}", ""),
+        ("no box", ""),
+        (r"\boxed{}", ""),
+    ],
+)
+def test_last_boxed(text, answer):
+    assert last_boxed(text) == answer
+
+
+@given(st.text("{}\\ab", max_size=12))
+def test_a_balanced_box_is_read_whole(inside):
+    try:
+        depth = 0
+        for place, character in enumerate(inside):
+            escaped = place and inside[place - 1] == "\\"
+            depth += {"{": 1, "}": -1}.get(character, 0) * (not escaped)
+            assert depth >= 0
+        assert depth == 0 and not inside.endswith("\\") and "boxed" not in inside
+    except AssertionError:
+        assert len(last_boxed(rf"\boxed{{{inside}}}")) <= len(inside) + 1
+    else:
+        assert last_boxed(rf"\boxed{{{inside}}} then") == inside.strip()
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    def row(problem, answer):
+        return {"problem": problem, "answer": answer, "difficulty": 1.0}
+
+    rows = [row(f"p{n}", "1") for n in range(200)]
+    rows += [row("p0 ", "1"), row("p1", "2"), row("p2", None), row("p3", " ")]
+    jsonl(tmp_path / "train.jsonl", *rows)
+    jsonl(tmp_path / "test.jsonl", row("p5", "1"))
+    splits, dropped = read_public("math", tmp_path)
+    assert dropped == {
+        "train": {"no answer": 2, "contradicting answers": 2, "also in test": 1, "duplicate": 1}
+    }
+    assert [row.prompt for row in splits["train"]] == [
+        f"p{n}" for n in range(200) if n not in (1, 5)
+    ]
+
+
+FIELDS = Fields(("q",), ("meta.gold",), level=("meta.level",))
+OWN = {"q": "Q", "meta": {"gold": 4, "level": "hard"}}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "json.gz", "parquet"])
+def test_your_own_file_in_every_format(tmp_path, ending):
+    rows = [OWN, OWN | {"q": "Ü?"}]
+    path = tmp_path / f"mine.{ending}"
+    if ending == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        lines = "\n".join(map(json.dumps, rows)) if "jsonl" in ending else json.dumps(rows)
+        path.write_bytes(gzip.compress(lines.encode()) if "gz" in ending else lines.encode())
+    prepared = store.prepare_own("mine", tmp_path / "data", path, FIELDS)
+    assert prepared.splits == {"train": 2}
+    assert list(store.load("mine", tmp_path / "data", "train")) == [
+        Example("train-1", "Q", "4", "", "", "hard"),
+        Example("train-2", "Ü?", "4", "", "", "hard"),
+    ]
+    assert list(read_own("mine", path, FIELDS, "dev")[0]) == ["dev"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("m.jsonl", b'{"q": "Q"}', "line 1: field 'meta.gold' is missing .the row has 'q'"),
+        ("m.jsonl", b'{"q": ["Q"], "meta": {"gold": 1}}', "line 1: field 'q' is \\['Q'\\]"),
+        ("m.jsonl", b'{"q": "Q", "meta": {"gold": [1]}}', "'meta.gold' is a list"),
+        ("m.jsonl", b'\n{"q": ', "line 2: not JSON"),
+        ("m.jsonl", b'{"q": "Q", "meta": {"gold": null}}', "1 of 1 rows have no answer.*train-1"),
+        ("m.json", b'{"q": 1}', "a JSON dict, not a list"),
+        ("m.json", b"[1]", "row 1: a JSON int"),
+        ("m.json", b"[]", "holds no rows"),
+        ("m.jsonl.gz", b"not gzip", "damaged or cut off"),
+        ("m.json.gz", b"not gzip", "damaged or cut off"),
+        ("m.parquet", b"not parquet", "damaged or cut off"),
+        ("m.txt", b"", "give a file that ends in"),
+    ],
+)
+def test_bad_files_are_refused_and_leave_nothing(dppo, tmp_path, file, content, message):
+    (tmp_path / file).write_bytes(content)
+    done = dppo("data", "prepare", "mine", "--jsonl", tmp_path / file, "--prompt-field", "q",
+                "--answer-field", "meta.gold", "--data-dir", tmp_path / "data")  # fmt: skip
+    assert done.status == 2 and len(done.err.splitlines()) == 1
+    assert re.search(message, done.err) and file in done.err
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_command_prepares_your_own_rows(dppo, tmp_path):
+    jsonl(tmp_path / "q.jsonl", OWN, OWN)
+    flags = ("--jsonl", tmp_path / "q.jsonl", "--prompt-field", "q", "--data-dir", tmp_path)
+    done = dppo("data", "prepare", "mine", *flags, "--answer-field", "meta.gold", "--json")
+    assert json.loads(done.out)["dropped"] == {"train": {"duplicate": 1}}
+    done = dppo("data", "prepare", "mine", *flags, "--answer-field", "meta.gold")
+    assert done.out.splitlines()[0].endswith("train 1 (already there)")
+    assert done.out.splitlines()[1] == "left out of train: 1 duplicate"
+    for arguments, message in [
+        (("mine", *flags), "needs --prompt-field and --answer-field"),
+        (("amc", *flags, "--answer-field", "meta.gold"), "'amc' is a set of the project"),
+        (("My-Set", *flags, "--answer-field", "meta.gold"), "'My-Set' is no name"),
+        (("amc", "--answer-field", "a"), "give --jsonl FILE"),
+        (("mine",), "no data set is called 'mine'"),
+    ]:
+        done = dppo("data", "prepare", *arguments)
+        assert done.status == 2 and message in done.err
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of our own on this machine that serves `tmp_path / "hub"`."""
+    root = tmp_path / "hub"
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(root))
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield root
+        server.shutdown()
+        thread.join()
+
+
+def test_without_files_a_set_comes_from_its_home(hub, tmp_path):
+    home = hub / PUBLIC["aime24"].homes["test"]
+    home.parent.mkdir(parents=True)
+    parquet.write_table(pyarrow.Table.from_pylist([PROBLEM]), home)
+    assert store.prepare("aime24", tmp_path / "data").splits == {"test": 1}
+    with pytest.raises(PromptFileError, match=r"cannot download .*aime25.*404.*--from FILE_OR_DIR"):
+        store.prepare("aime25", tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["aime24"]
+
+
+def test_offline_the_way_out_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(PromptFileError, match="refused.*get its files and give them: --from"):
+        store.prepare("gsm8k", tmp_path)
+    assert not list(tmp_path.iterdir())
