@@ -32,8 +32,8 @@ def _tree(state: TrainState, key: jax.Array) -> dict[str, Any]:
         "step": state.step,
         "key": jax.random.key_data(key),
     }
-    carried = named(state.objective_state)
-    return tree | {"objective_state": carried} if carried else tree
+    carried = {name: named(getattr(state, name)) for name in ("objective_state", "rollout_memory")}
+    return tree | {name: leaves for name, leaves in carried.items() if leaves}
 
 
 class Checkpoints:
@@ -92,6 +92,7 @@ class Checkpoints:
             rebuilt("opt_state", like.opt_state),
             saved["step"],
             rebuilt("objective_state", like.objective_state),
+            rebuilt("rollout_memory", like.rollout_memory),
         )
         return state, jax.random.wrap_key_data(saved["key"]), restored.position
 

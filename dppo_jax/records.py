@@ -138,3 +138,4 @@ class TrainState:
     opt_state: Any
     step: Int[Array, ""]  # gradient steps taken
     objective_state: Any = ()  # Objective.initial_state and what next_state made of it
+    rollout_memory: Any = ()  # what the rollout policy remembers from step to step

@@ -36,6 +36,7 @@ from dppo_jax.prompts.store import load
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Batch, Metrics, Objective, Rollout
 from dppo_jax.rewards.verdicts import Verifier
+from dppo_jax.rollout_policy import RolloutPolicy, current
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.scoring import score
 from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides, shardings_of
@@ -62,6 +63,7 @@ def train(
     minibatches: int = 1,
     microbatches: int = 1,
     advantage: Callable[[jax.Array], jax.Array] = group_mean_baseline,
+    rollout_policy: RolloutPolicy = current(),  # noqa: B008  immutable
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  frozen
     eval_split: str = "test",
     eval_every: int = 0,
@@ -112,6 +114,7 @@ def train(
     update = make_update(
         network, objective, optimizer, temperature=sampling.temperature, microbatches=microbatches
     )
+    choose = jax.jit(rollout_policy.choose, donate_argnums=0)
     score_old = jax.jit(
         lambda params, rollout: score(network, params, rollout, temperature=sampling.temperature)
     )
@@ -156,7 +159,9 @@ def train(
                     seconds_left=(time.monotonic() - started) / step * (of - step),
                 ),
             )
-            state = init_state(initial_policy(context), optimizer, objective.initial_state)
+            params = initial_policy(context)
+            remembered = rollout_policy.init(params)
+            state = init_state(params, optimizer, objective.initial_state, remembered)
             before = accuracy(state.params)
             console.say(f"initial policy: held-out accuracy {before.accuracy:.3f}")
             position: dict[str, Any] = {
@@ -171,7 +176,8 @@ def train(
         else:
             shardings = shardings_of(network.logical_axes, devices)
             blank = jax.jit(network.init, out_shardings=shardings)(key)
-            like = init_state(blank, optimizer, objective.initial_state)
+            remembered = rollout_policy.init(blank)
+            like = init_state(blank, optimizer, objective.initial_state, remembered)
             checkpoints = Checkpoints(directory / "checkpoints")
             state, _, position = checkpoints.restore(done, like, key)
             prompts.set_state(position["prompts"])
@@ -189,11 +195,14 @@ def train(
         for step in range(done, steps):
             compiled, clock = compilations.total, Stopwatch()
             problems = next(prompts)
+            step_key = jax.random.fold_in(sampling_key, step)
+            mu, memory = choose(state.rollout_memory, state.params, step, step_key)
+            state = dataclasses.replace(state, rollout_memory=memory)
             rollout = sample(
                 network,
-                state.params,
+                mu,
                 problems,
-                jax.random.fold_in(sampling_key, step),
+                step_key,
                 mesh=devices,
                 settings=sampling,
             )
@@ -363,7 +372,8 @@ def _batch(rollout: Rollout, advantages: jax.Array, rows: NamedSharding) -> Batc
 def _step_numbers(metrics: Sequence[Metrics]) -> dict[str, float]:
     """One number a metric, over all of the step's gradient steps; `mismatch/*` of the first alone.
 
-    Before the first gradient step the policy is the sampler's, so what differs is numerical.
+    Before the first gradient step the policy is the sampler's, so what differs is numerical, or a
+    mismatch that `rollout_policy` makes on purpose.
     """
     first = {name: m for name, m in metrics[0].items() if name.startswith("mismatch/")}
     return reduce_metrics(*metrics) | reduce_metrics(first)

@@ -27,7 +27,10 @@ Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, objective_state: Any = ()
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    objective_state: Any = (),
+    rollout_memory: Any = (),
 ) -> TrainState:
     """Optimizer state for these parameters, sharded as they are, at gradient step 0.
 
@@ -43,7 +46,7 @@ def init_state(
     )
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     carried = jax.tree.map(jnp.array, objective_state)
-    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), carried)
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), carried, rollout_memory)
 
 
 def microbatch(rows: Any, index: int | Int[Array, ""], parts: int) -> Any:
