@@ -154,11 +154,16 @@ def test_temperature_zero_takes_the_first_of_the_most_likely(filters):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_head_draws_from_float32_logits(dtype):
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_the_head_draws_from_float32_logits(dtype, soft_cap):
     hidden = jax.random.normal(jax.random.key(0), (3, 8), dtype)
     unembedding = jax.random.normal(jax.random.key(1), (29, 8), dtype)
-    ours = sample(hidden, unembedding, jax.random.key(2), temperature=0.7, top_k_capture=4)
+    ours = sample(
+        hidden, unembedding, jax.random.key(2), temperature=0.7, top_k_capture=4, soft_cap=soft_cap
+    )
     logits = np.asarray(hidden, np.float64) @ np.asarray(unembedding, np.float64).T
+    if soft_cap is not None:
+        logits = soft_cap * np.tanh(logits / soft_cap)
     want = draw(jnp.asarray(logits, jnp.float32), jax.random.key(2), 0.7, 4)
     assert ours.logp.dtype == ours.topk_logp.dtype == ours.entropy.dtype == jnp.float32
     for a, b in zip(ours, want, strict=True):

@@ -81,10 +81,13 @@ def sample(
     temperature: float,
     top_k_capture: int,
     filters: Filters = Filters(),  # noqa: B008  frozen
+    soft_cap: float | None = None,
     record_unfiltered: bool = False,
 ) -> Drawn:
-    """`draw` from the logits x.w, accumulated in float32."""
+    """`draw` from the logits soft_cap * tanh(x.w / soft_cap), accumulated in float32."""
     logits = jnp.dot(hidden, unembedding.T, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
     return draw(
         logits, key, temperature, top_k_capture, filters, record_unfiltered=record_unfiltered
     )

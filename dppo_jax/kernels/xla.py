@@ -58,13 +58,13 @@ class Saved:
     wants_unembedding: bool = field(metadata={"static": True})
 
 
-def chunk_columns(tokens: int, vocabulary: int) -> int:
-    """Columns of a chunk: CHUNK_LOGITS logits, at least LEAST_COLUMNS, chunks nearly equal.
+def chunk_columns(tokens: int, vocabulary: int, least: int | None = None) -> int:
+    """Columns of a chunk: CHUNK_LOGITS logits, at least `least` (LEAST_COLUMNS), nearly equal.
 
     Where V is no multiple, the last chunk starts early and overlaps its neighbour: no padded copy
     of the matrix, and equal chunks keep the overlap under one tile a chunk.
     """
-    columns = max(LEAST_COLUMNS, CHUNK_LOGITS // max(tokens, 1))
+    columns = max(LEAST_COLUMNS if least is None else least, CHUNK_LOGITS // max(tokens, 1))
     if vocabulary <= columns:
         return vocabulary
     even = -(-vocabulary // -(-vocabulary // columns))
