@@ -1,5 +1,6 @@
 """Published data sets and anyone's own files: how rows become examples, and what is refused."""
 
+import functools
 import gzip
 import http.server
 import json
@@ -15,6 +16,7 @@ from pyarrow import parquet
 from dppo_jax.prompts import store
 from dppo_jax.prompts.examples import Example, PromptFileError
 from dppo_jax.prompts.fields import Fields, last_boxed
+from dppo_jax.prompts.overlap import find_overlap
 from dppo_jax.prompts.sets import PUBLIC, read_own, read_public
 
 
@@ -68,6 +70,9 @@ def test_every_public_set_has_a_home_for_each_split():
         assert known.homes.keys() == known.stems.keys(), name
 
 
+real = functools.cache(read_public)
+
+
 @pytest.mark.parametrize(
     ("name", "folder", "sizes", "dropped"),
     [
@@ -83,11 +88,20 @@ def test_every_public_set_has_a_home_for_each_split():
     ],
 )  # fmt: skip
 def test_the_real_files(shared_data, name, folder, sizes, dropped):
-    splits, left_out = read_public(name, shared_data / folder)
+    splits, left_out = real(name, shared_data / folder)
     assert {split: len(rows) for split, rows in splits.items()} == sizes and left_out == dropped
     for rows in splits.values():
         assert len({row.prompt for row in rows}) == len({row.id for row in rows}) == len(rows)
         assert all(row.answer for row in rows)
+
+
+def test_the_training_set_of_the_papers_holds_problems_of_amc_but_none_of_aime(shared_data):
+    train = real("dapo_math_17k", shared_data / "rl_prompts")[0]["train"]
+    found = {}
+    for name in ("aime24", "aime25", "amc"):
+        overlap = find_overlap(train, real(name, shared_data / "eval")[0]["test"])
+        found[name] = (len(overlap.exact), len(overlap.normalised))
+    assert found == {"aime24": (0, 0), "aime25": (0, 0), "amc": (8, 6)}
 
 
 def test_what_is_prepared_is_found_again(tmp_path):

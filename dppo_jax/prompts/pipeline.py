@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from dppo_jax.prompts.examples import Example
+from dppo_jax.prompts.mixture import Curriculum, Stage, stages
 from dppo_jax.prompts.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ class PromptIterator:
     """Training batches without end; each epoch is a different permutation of the prompts.
 
     A batch may begin in one epoch and end in the next. The order depends on `seed` and the number
-    of prompts alone. Every prompt is tokenised once at the start, so that one longer than
+    of prompts alone; with a Mixture, on its weights too. A `curriculum` says at which steps a
+    prompt may be asked. Every prompt is tokenised once at the start, so that one longer than
     `max_prompt_tokens` is found before the first step and not in the thousandth: it raises
     ValueError, or with too_long="drop" is left out and counted in `dropped`.
 
@@ -55,39 +56,46 @@ class PromptIterator:
         process_index: int = 0,
         process_count: int = 1,
         too_long: TooLong = "error",
+        curriculum: Curriculum | None = None,
     ):
         self._rows = _rows_per_process(prompts_per_step, process_index, process_count)
         kept, self._digest = _scan(source, tokenizer, max_prompt_tokens, too_long)
         self.dropped = len(source) - len(kept)
         self.step = 0  # batches taken
-        self._prompts = len(kept)
+        self._source = source
+        self._stages = stages(source, kept, curriculum, seed)
+        shape = [(stage.first_step, stage.pools) for stage in self._stages]
+        if len(shape) > 1 or len(shape[0][1]) > 1:
+            self._digest = hashlib.sha256(repr((self._digest, shape)).encode()).hexdigest()[:16]
         self._prompts_per_step = prompts_per_step
         self._process_index = process_index
         self._seed = seed
-        # Grain shuffles epoch e with seed + e: without spreading, epoch 1 of seed 0 would be
-        # epoch 0 of seed 1, and runs that differ in the seed would see the same orders.
-        spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self._stream = (
-            grain.MapDataset.source(kept)
-            .shuffle(seed=spread)
-            .repeat()
-            .map(lambda index: source[index])
-        )
         self._collate = functools.partial(_batch, tokenizer=tokenizer, columns=max_prompt_tokens)
 
     @property
     def epoch(self) -> int:
-        """Passes over all prompts that are complete."""
-        return self.step * self._prompts_per_step // self._prompts
+        """Passes over all prompts, of the curriculum's present stage, that are complete."""
+        return min(self.epochs.values())
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """The same for each set of a mixture; its key is "" where there is but one."""
+        stage = self._stage()
+        return stage.passes((self.step - stage.first_step) * self._prompts_per_step)
+
+    def _stage(self) -> Stage:
+        return [stage for stage in self._stages if stage.first_step <= self.step][-1]
 
     def __iter__(self) -> "PromptIterator":
         return self
 
     def __next__(self) -> PromptBatch:
-        start = self.step * self._prompts_per_step + self._process_index * self._rows
-        examples = [self._stream[place] for place in range(start, start + self._rows)]
+        stage = self._stage()
+        start = (self.step - stage.first_step) * self._prompts_per_step
+        start += self._process_index * self._rows
+        rows = [stage.stream[place] for place in range(start, start + self._rows)]
         self.step += 1
-        return self._collate(examples)
+        return self._collate([self._source[row] for row in rows])
 
     def get_state(self) -> dict[str, int | str]:
         """The position, which JSON can hold; it is the same in every process."""
