@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from dppo_jax.kernels.reference import reference
-from dppo_jax.kernels.xla import Transform, xla
+from dppo_jax.kernels.sharded import Layout, sharded_head, sharded_loss_and_grad
+from dppo_jax.kernels.single_pass import RowLoss, TokenTerms, fused_loss_and_grad
+from dppo_jax.kernels.xla import Transform, forward, xla
 
 
 class HeadOutput(NamedTuple):
@@ -44,6 +47,7 @@ def head(
     soft_cap: float | None = None,
     stored_gradient: bool = True,
     body: str | None = None,
+    layout: Layout | None = None,
 ) -> HeadOutput:
     """Log-sum-exp, chosen logits and entropy of z = soft_cap * tanh(x.w / soft_cap) / temperature.
 
@@ -63,6 +67,8 @@ def head(
       stored_gradient: False makes logit_at[:, 1:] constants, for callers that use them under
         stop_gradient only: slicing logit_at hides from JAX that their cotangent is zero.
       body: a name in the table of bodies, or None to choose for the default backend.
+      layout: how the arrays lie on the mesh that `jax.set_mesh` has set: each device then computes
+        its tokens against its rows of the unembedding. None leaves the sharding to the compiler.
 
     Returns:
       `HeadOutput`, float32 whatever the inputs (float64 from float64), sums in the same precision.
@@ -72,24 +78,109 @@ def head(
         soft_cap not above 0. TypeError: dtypes. Both when tracing, with the shapes.
     """
     _check(hidden, unembedding, ids)
-    for name, value in (("temperature", temperature), ("soft_cap", soft_cap)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number above 0; got {value}")
+    transform = _transform(temperature, soft_cap)
     # One body today serves every backend; a choice by backend goes here.
     name = "xla" if body is None else body
     if name not in _BODIES:
         raise ValueError(f"unknown head body {name!r}; known: {', '.join(sorted(_BODIES))}")
-    transform = Transform(float(temperature), None if soft_cap is None else float(soft_cap))
-
-    # int32 indices without wrapping: what does not fit is outside [0, V), which becomes -1.
-    wide = ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
-    inside = (wide >= 0) & (wide < unembedding.shape[0])
-    index = jnp.where(inside, wide.astype(jnp.int32), -1)
-
-    lse, sampled, stored, entropy = _BODIES[name](hidden, unembedding, index, transform)
+    index = _index(ids, unembedding.shape[0])
+    if layout is None:
+        out = _BODIES[name](hidden, unembedding, index, transform)
+    else:
+        layout.check(*hidden.shape, unembedding.shape[0])
+        out = sharded_head(hidden, unembedding, index, transform, _statistics, layout)
+    lse, sampled, stored, entropy = out
     if not stored_gradient:
         stored = jax.lax.stop_gradient(stored)
     return HeadOutput(lse, jnp.concatenate([sampled[:, None], stored], axis=1), entropy)
+
+
+def fused_loss(
+    loss: RowLoss,
+    hidden: Float[Array, "N D"],
+    unembedding: Float[Array, "V D"],
+    ids: Integer[Array, "N J"],
+    rows: Any,
+    *,
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
+    stored_gradient: bool = True,
+    layout: Layout | None = None,
+) -> tuple[Float[Array, ""], TokenTerms]:
+    """(sum_n loss(terms_n, rows_n), terms) with the gradient made in the same pass over the logits.
+
+    For losses whose value at a token depends on that token alone: 6NDV flops, forward and backward,
+    where `head` takes 8NDV. Same value and gradient as the loss of `head`'s output. The terms carry
+    no gradient. Not differentiated, it is `head` and the loss. See `kernels.single_pass`.
+
+    Args:
+      loss: (TokenTerms, rows) of any n of the tokens -> losses [n].
+      rows: a pytree of what else the loss needs, leaves [N, ...]; no gradient reaches it.
+      hidden, unembedding, ids, temperature, soft_cap, stored_gradient, layout: as `head`. A float32
+        matrix beside bfloat16 hidden states is used in bfloat16; its gradient stays float32.
+    """
+    _check(hidden, unembedding, ids)
+    index = _index(ids, unembedding.shape[0])
+    if layout is not None:
+        layout.check(*hidden.shape, unembedding.shape[0])
+    setting = _Setting(_transform(temperature, soft_cap), stored_gradient, layout)
+    total, terms = _fused_loss(loss, setting, hidden, unembedding, index, rows)
+    return total, jax.lax.stop_gradient(terms)
+
+
+class _Setting(NamedTuple):
+    transform: Transform
+    stored_gradient: bool
+    layout: Layout | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused_loss(loss, setting, hidden, unembedding, ids, rows):
+    matrix = unembedding.astype(hidden.dtype)
+    out = head(hidden, matrix, ids, **setting.transform._asdict(), layout=setting.layout)
+    terms = TokenTerms(out.logit_at - out.lse[:, None], out.entropy)
+    return jnp.sum(loss(terms, rows)), terms
+
+
+def _fused_loss_forward(loss, setting, hidden, unembedding, ids, rows):
+    matrix = unembedding.astype(hidden.dtype)
+    options = setting.transform._asdict() | {"stored_gradient": setting.stored_gradient}
+    if setting.layout is None:
+        total, terms, gradients = fused_loss_and_grad(loss, hidden, matrix, ids, rows, **options)
+    else:
+        total, terms, gradients = sharded_loss_and_grad(
+            loss, hidden, matrix, ids, rows, setting.layout, **options
+        )
+    dtype = jnp.zeros((0,), unembedding.dtype)  # a dtype is no residual; an empty array is
+    return (total, terms), (gradients, dtype)
+
+
+def _fused_loss_backward(loss, setting, kept, cotangents):
+    gradients, dtype = kept
+    g, _ = cotangents
+    d_hidden = (g * gradients.hidden).astype(gradients.hidden.dtype)
+    return d_hidden, (g * gradients.unembedding).astype(dtype.dtype), None, None
+
+
+_fused_loss.defvjp(_fused_loss_forward, _fused_loss_backward)
+
+
+def _statistics(hidden, unembedding, ids, transform) -> tuple[Array, Array, Array]:
+    return forward(hidden, unembedding, ids, transform)[0]
+
+
+def _transform(temperature: float, soft_cap: float | None) -> Transform:
+    for name, value in (("temperature", temperature), ("soft_cap", soft_cap)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number above 0; got {value}")
+    return Transform(float(temperature), None if soft_cap is None else float(soft_cap))
+
+
+def _index(ids: Array, vocabulary: int) -> Array:
+    """int32 indices without wrapping: what does not fit is outside [0, V), which becomes -1."""
+    wide = ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
+    inside = (wide >= 0) & (wide < vocabulary)
+    return jnp.where(inside, wide.astype(jnp.int32), -1)
 
 
 def _check(hidden: Array, unembedding: Array, ids: Array) -> None:

@@ -76,7 +76,7 @@ def statistics_dtype(hidden: Array, unembedding: Array) -> jnp.dtype:
     return jnp.promote_types(jnp.promote_types(hidden.dtype, unembedding.dtype), jnp.float32)
 
 
-def _contract(left: Array, right: Array, axis_left: int, axis_right: int, dtype) -> Array:
+def contract(left: Array, right: Array, axis_left: int, axis_right: int, dtype) -> Array:
     """A plain two-dimensional product in the inputs' common dtype, accumulated in `dtype`."""
     operand = jnp.promote_types(left.dtype, right.dtype)
     dimensions = (((axis_left,), (axis_right,)), ((), ()))
@@ -85,7 +85,7 @@ def _contract(left: Array, right: Array, axis_left: int, axis_right: int, dtype)
     )
 
 
-def _logits(products: Array, transform: Transform) -> Array:
+def logits_of(products: Array, transform: Transform) -> Array:
     if transform.soft_cap is not None:
         products = transform.soft_cap * jnp.tanh(products / transform.soft_cap)
     return products if transform.temperature == 1.0 else products / transform.temperature
@@ -132,8 +132,8 @@ def forward(
     def step(index, state):
         m, s, t, logit_at, _ = state
         chunk = _chunk(unembedding, index, columns)
-        products = _contract(hidden, chunk.rows, 1, 1, dtype)
-        z = _logits(products, transform)
+        products = contract(hidden, chunk.rows, 1, 1, dtype)
+        z = logits_of(products, transform)
 
         local = ids - chunk.start
         here = (local >= 0) & (local < columns)
@@ -172,7 +172,8 @@ def backward(
     g_stored: Float[Array, "N K"] | None,
     g_entropy: Float[Array, " N"] | None,
 ) -> tuple[Float[Array, "N D"] | None, Float[Array, "V D"] | None]:
-    """(dhidden, dunembedding) from the outputs' cotangents; None is a zero that costs nothing."""
+    """(dhidden in the statistics' precision, dunembedding) from the outputs' cotangents; a None is a
+    zero that costs nothing."""
     hidden, unembedding = saved.hidden, saved.unembedding
     dtype = statistics_dtype(hidden, unembedding)
     operand = jnp.promote_types(hidden.dtype, unembedding.dtype)
@@ -182,8 +183,8 @@ def backward(
     def products_cotangent(chunk: _Chunk) -> Array:
         products = saved.products
         if products is None:
-            products = _contract(hidden, chunk.rows, 1, 1, dtype)
-        z = _logits(products, transform)
+            products = contract(hidden, chunk.rows, 1, 1, dtype)
+        z = logits_of(products, transform)
         dz = jnp.zeros_like(z)
         if g_lse is not None or g_entropy is not None:
             weight = 0.0 if g_lse is None else g_lse[:, None]
@@ -214,9 +215,9 @@ def backward(
             rows = chunk.rows
             if chunk.fresh is not None:
                 rows = jnp.where(chunk.fresh[:, None], rows, 0)
-            d_hidden += _contract(dz, rows, 1, 0, dtype)
+            d_hidden += contract(dz, rows, 1, 0, dtype)
         if d_unembedding is not None:
-            d_rows = _contract(dz, hidden, 0, 0, dtype).astype(unembedding.dtype)
+            d_rows = contract(dz, hidden, 0, 0, dtype).astype(unembedding.dtype)
             d_unembedding = lax.dynamic_update_slice_in_dim(
                 d_unembedding, d_rows, chunk.start, axis=0
             )
@@ -227,7 +228,7 @@ def backward(
         jnp.zeros_like(unembedding) if saved.wants_unembedding else None,
     )
     d_hidden, d_unembedding = _over_chunks(step, state, vocabulary, columns)
-    return None if d_hidden is None else d_hidden.astype(hidden.dtype), d_unembedding
+    return d_hidden, d_unembedding
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -259,6 +260,8 @@ def _xla_backward(transform, saved, cotangents):
     if all(g is None for g in known):
         return None, None, None
     d_hidden, d_unembedding = backward(saved, transform, *known)
+    if d_hidden is not None:
+        d_hidden = d_hidden.astype(saved.hidden.dtype)
     return d_hidden, d_unembedding, None
 
 

@@ -1,0 +1,178 @@
+"""Loss and gradient of the head in one pass over the logits: 6NDV flops where two passes take 8NDV.
+
+The two-pass head (`kernels.head`) returns statistics, and its backward pass computes every logit
+again. Where a token's loss depends on that token alone nothing has to wait: a chunk of tokens gets
+its logits against the whole vocabulary once, the caller's loss turns their statistics into
+cotangents g, and with these at hand
+
+    dz_i = sum_j g_j 1[i = ids_j] - p_i (sum_j g_j + g_entropy (log p_i + entropy))
+
+goes into dhidden = dz W and dW += dz^T hidden at once. `kernels.xla` has the same formula, where
+g_lse = -sum_j g_j because the loss sees log p_j = z_j - lse.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dppo_jax.kernels.xla import LEAST_LOG_P, Transform, contract, logits_of, statistics_dtype
+
+# A chunk's logits and their cotangents are the workspace. A sixteenth of the tokens keeps it under
+# a tenth of N x V x 4 bytes (4 + 2 bytes a logit in bfloat16). Each chunk also reads and writes
+# all of dW once, 8VD bytes for 6VD flops a token, so that chunks are as large as that allows.
+CHUNKS = 16
+ROW_TILE = 8  # sublanes of a TPU
+
+
+class TokenTerms(NamedTuple):
+    """What a loss may use of the distributions at n tokens; float32."""
+
+    logp: Float[Array, "n J"]  # log-probabilities of `ids`; NaN where an id is outside [0, V)
+    entropy: Float[Array, " n"]  # nats
+
+
+# Losses [n] of n tokens from their terms and the caller's `rows`, each token's from its own alone.
+RowLoss = Callable[[TokenTerms, Any], Array]
+
+
+class Gradients(NamedTuple):
+    hidden: Float[Array, "N D"]  # of the dtype of hidden
+    unembedding: Float[Array, "V D"]  # float32, whatever the dtype of the matrix
+
+
+def chunk_tokens(tokens: int) -> int:
+    """Tokens of a chunk: CHUNKS nearly equal ones, rounded up to ROW_TILE."""
+    return -(-tokens // (CHUNKS * ROW_TILE)) * ROW_TILE
+
+
+def fused_loss_and_grad(
+    loss: RowLoss,
+    hidden: Float[Array, "N D"],
+    unembedding: Float[Array, "V D"],
+    ids: Int[Array, "N J"],
+    rows: Any,
+    *,
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
+    stored_gradient: bool = True,
+    vocabulary_axis: str | None = None,
+) -> tuple[Float[Array, ""], TokenTerms, Gradients]:
+    """(sum_n loss_n, terms [N], its gradients) of z = soft_cap * tanh(x.w / soft_cap) / temperature.
+
+    The logits of a chunk of tokens are the only array with a vocabulary axis beside the matrix and
+    its gradient.
+
+    Args:
+      loss: (TokenTerms, rows) of a chunk -> losses [n]. A token's loss may depend on its own terms
+        and rows only; nothing checks that.
+      hidden, unembedding, ids: as `kernels.head.head`; column 0 of ids is the sampled token.
+      rows: a pytree of what else the loss needs, leaves [N, ...].
+      temperature, soft_cap: as `kernels.head.head`; known when tracing.
+      stored_gradient: False makes logp[:, 1:] constants, which saves their scatter.
+      vocabulary_axis: inside `jax.shard_map`, the mesh axis that splits the rows of `unembedding`;
+        ids are then those of the shard (outside [0, V) where another shard has them). Maxima and
+        sums are combined over it; the gradient of hidden comes out summed.
+
+    Returns:
+      The loss and the terms of all tokens are float32 and carry no gradient of their own.
+    """
+    transform = Transform(float(temperature), None if soft_cap is None else float(soft_cap))
+    dtype = statistics_dtype(hidden, unembedding)
+    operand = jnp.promote_types(hidden.dtype, unembedding.dtype)
+    tokens = hidden.shape[0]
+    size = chunk_tokens(tokens)
+    chunks = -(-tokens // size)
+
+    def padded(leaf):
+        return jnp.pad(leaf, ((0, chunks * size - tokens), *((0, 0),) * (leaf.ndim - 1)))
+
+    inputs = jax.tree.map(padded, (hidden, ids, rows))
+
+    def chunk_pass(index):
+        x, at, extra = jax.tree.map(
+            lambda leaf: lax.dynamic_slice_in_dim(leaf, index * size, size), inputs
+        )
+        real = index * size + jnp.arange(size) < tokens
+        products = contract(x, unembedding, 1, 1, dtype)
+        z = logits_of(products, transform)
+        lse, terms = _statistics(z, at, vocabulary_axis)
+
+        def losses_of(sampled, stored, entropy):
+            logp = jnp.concatenate([sampled[:, None], stored], axis=1)
+            return jnp.where(real, loss(TokenTerms(logp, entropy), extra), 0.0)
+
+        losses, pull_back = jax.vjp(losses_of, terms.logp[:, 0], terms.logp[:, 1:], terms.entropy)
+        g_sampled, g_stored, g_entropy = (
+            # Beside a padding row's zero cotangent there may stand an infinite derivative.
+            jnp.where(real.reshape(-1, *(1,) * (g.ndim - 1)), g, 0.0)
+            for g in pull_back(jnp.ones_like(losses))
+        )
+        local = jnp.where(_inside(at, z), at, -1)
+        log_p = jnp.maximum(z - lse[:, None], LEAST_LOG_P)
+        g_all = g_sampled + (jnp.sum(g_stored, axis=1) if stored_gradient else 0.0)
+        dz = -jnp.exp(log_p) * (
+            g_all[:, None] + g_entropy[:, None] * (log_p + terms.entropy[:, None])
+        )
+        dz += jnp.where(jnp.arange(z.shape[1]) == local[:, :1], g_sampled[:, None], 0.0)
+        if stored_gradient and ids.shape[1] > 1:
+            slots = jnp.where(local < 0, z.shape[1], local)[:, 1:]
+            dz = jax.vmap(lambda row, slot, g: row.at[slot].add(g, mode="drop"))(
+                dz, slots, g_stored
+            )
+        if transform.soft_cap is not None:
+            dz *= 1 - jnp.tanh(products / transform.soft_cap) ** 2
+        if transform.temperature != 1.0:
+            dz /= transform.temperature
+        dz = dz.astype(operand)
+        d_hidden = contract(dz, unembedding, 1, 0, dtype)
+        if vocabulary_axis is not None:
+            d_hidden = lax.psum(d_hidden, vocabulary_axis)
+        d_unembedding = contract(dz, x, 0, 0, dtype)
+        return jnp.sum(losses), terms, d_hidden.astype(hidden.dtype), d_unembedding
+
+    if chunks == 1:
+        total, terms, d_hidden, d_unembedding = chunk_pass(0)
+    else:
+
+        def step(d_unembedding, index):
+            *found, more = chunk_pass(index)
+            return d_unembedding + more, tuple(found)
+
+        nothing = jnp.zeros(unembedding.shape, dtype)
+        d_unembedding, found = lax.scan(step, nothing, jnp.arange(chunks))
+        losses, terms, d_hidden = found
+        total = jnp.sum(losses)
+        terms, d_hidden = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (terms, d_hidden)
+        )
+    terms, d_hidden = jax.tree.map(lambda leaf: leaf[:tokens], (terms, d_hidden))
+    return total, terms, Gradients(d_hidden, d_unembedding)
+
+
+def _inside(ids: Array, z: Array) -> Array:
+    return (ids >= 0) & (ids < z.shape[1])
+
+
+def _statistics(z: Array, ids: Array, vocabulary_axis: str | None) -> tuple[Array, TokenTerms]:
+    """(lse [n], terms) of softmax(z), over all shards of the vocabulary."""
+    # The lowest finite maximum, not -inf: differences stay defined in rows of -inf.
+    m = jnp.maximum(z.max(axis=1), jnp.finfo(z.dtype).min)
+    if vocabulary_axis is not None:
+        m = lax.pmax(m, vocabulary_axis)
+    s = jnp.exp(z - m[:, None]).sum(axis=1)
+    # The barrier keeps XLA's CPU compiler from writing the shared difference to memory.
+    u = jnp.maximum(z - lax.optimization_barrier(m)[:, None], LEAST_LOG_P)
+    t = (u * jnp.exp(u)).sum(axis=1)
+    inside = _inside(ids, z)
+    at = jnp.take_along_axis(z, jnp.where(inside, ids, 0), axis=1, mode="promise_in_bounds")
+    at = jnp.where(inside, at, 0.0)
+    if vocabulary_axis is not None:
+        s, t, at, shards = lax.psum((s, t, at, inside.astype(z.dtype)), vocabulary_axis)
+        inside = shards > 0
+    log_s = jnp.log(s)
+    logp = jnp.where(inside, at - (m + log_s)[:, None], jnp.nan)
+    return m + log_s, TokenTerms(logp, log_s - t / s)
