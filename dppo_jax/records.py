@@ -118,11 +118,23 @@ class LossSum(NamedTuple):
     metrics: Metrics
 
 
+class TokenLocal(NamedTuple):
+    """An objective's loss a token where each depends on that token's own statistics alone.
+
+    loss_sum = sum of weights(response_mask) * loss(stats, batch). The head then makes loss and
+    gradient in one pass over the logits (`kernels.head.fused_loss`).
+    """
+
+    loss: Callable[[TokenStats, Batch], Float[Array, "B T"]]  # 0 outside response_mask
+    weights: Callable[[Bool[Array, "B T"]], Float[Array, "B T"]]
+
+
 class Objective(NamedTuple):
     """A pure loss and what the training loop must provide for it."""
 
     loss: Callable[[TokenStats, Batch], LossSum]
     needs: frozenset[Need] = frozenset()
+    token_local: TokenLocal | None = None  # the same loss, where it can be had token by token
     # A state that the objective carries from gradient step to gradient step, as a pytree of arrays:
     # the loss reads it in Batch.objective_state, `next_state` sees the whole step's metrics.
     initial_state: Any = ()

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dppo_jax.kernels.sharded import Layout
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # What a parameter's or an activation's logical axis is split over.
@@ -93,6 +95,17 @@ def check_divides(mesh: Mesh, axes: Sequence[str], sizes: dict[str, int]) -> Non
                 f"{name}={size} is not divisible by the mesh's {asked}: "
                 f"make it a multiple of {shards}, or change the mesh"
             )
+
+
+def head_layout() -> Layout | None:
+    """How hidden states and unembedding lie on the mesh that is set; None on a single device.
+
+    RULES of "batch", "vocab" and "embed".
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return None
+    return Layout(tokens=("data", "fsdp"), vocabulary="tensor", width="fsdp")
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:

@@ -16,11 +16,10 @@ from dppo_jax.records import (
     Mean,
     Metrics,
     Objective,
-    TokenStats,
     TrainState,
     fold_metrics,
 )
-from dppo_jax.scoring import mismatch, score
+from dppo_jax.scoring import loss_and_score, mismatch, score
 from dppo_jax.sharding import constrain
 
 Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -133,11 +132,21 @@ def make_update(
     first step after a rollout, with the policy's movement on top in later ones.
     """
 
+    # What else an objective may need is not among the terms that the single pass hands out.
+    plain = objective.next_state is None and objective.needs <= {"logp_old", "logp_ref"}
+    token_local = objective.token_local if plain else None
+
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_of(params: Params, rows: Batch) -> LossSum:
             rows = dataclasses.replace(rows, objective_state=state.objective_state)
-            stats: TokenStats = score(model, params, rows.rollout, temperature=temperature)
-            out = objective.loss(stats, rows)
+            if token_local is not None:
+                loss_sum, stats = loss_and_score(
+                    model, params, rows, token_local, temperature=temperature
+                )
+                out = objective.loss(stats, rows)._replace(loss_sum=loss_sum)
+            else:
+                stats = score(model, params, rows.rollout, temperature=temperature)
+                out = objective.loss(stats, rows)
             return out._replace(metrics=out.metrics | mismatch(stats, rows.rollout))
 
         after, metrics = gradient_step(state, loss_of, batch, optimizer, microbatches)

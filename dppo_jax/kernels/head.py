@@ -87,7 +87,7 @@ def head(
     if layout is None:
         out = _BODIES[name](hidden, unembedding, index, transform)
     else:
-        layout.check(*hidden.shape, unembedding.shape[0])
+        layout.check(len(hidden), *unembedding.shape)
         out = sharded_head(hidden, unembedding, index, transform, _statistics, layout)
     lse, sampled, stored, entropy = out
     if not stored_gradient:
@@ -122,7 +122,7 @@ def fused_loss(
     _check(hidden, unembedding, ids)
     index = _index(ids, unembedding.shape[0])
     if layout is not None:
-        layout.check(*hidden.shape, unembedding.shape[0])
+        layout.check(len(hidden), *unembedding.shape)
     setting = _Setting(_transform(temperature, soft_cap), stored_gradient, layout)
     total, terms = _fused_loss(loss, setting, hidden, unembedding, index, rows)
     return total, jax.lax.stop_gradient(terms)

@@ -165,6 +165,7 @@ def _backward(transform, forward, layout, kept, cotangents):
         return None, None, None
 
     def local(residuals, known):
+        residuals = _Residuals(*residuals)
         ids = layout.shift(residuals.ids, residuals.unembedding.shape[0])
         saved = Saved(
             residuals.hidden, residuals.unembedding, ids, residuals.lse, residuals.entropy, None,
@@ -179,9 +180,9 @@ def _backward(transform, forward, layout, kept, cotangents):
             d_unembedding = layout.reduce_matrix(d_unembedding)
         return d_hidden, d_unembedding
 
-    specs = _Residuals(layout.rows, layout.matrix, layout.rows, layout.rows, layout.rows)
-    compute = on_mesh(local, (specs, layout.rows), (layout.rows, layout.stored))
-    return *compute(residuals, known), None
+    rows, matrix = layout.rows, layout.matrix
+    compute = on_mesh(local, ((rows, matrix, rows, rows, rows), rows), (rows, layout.stored))
+    return *compute(tuple(residuals), known), None
 
 
 sharded_head.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -205,9 +206,9 @@ def sharded_loss_and_grad(
         )
         if layout.tokens:
             total = lax.psum(total, layout.tokens)
-        d_unembedding = layout.reduce_matrix(gradients.unembedding)
-        return total, terms, gradients._replace(unembedding=d_unembedding)
+        return total, terms, (gradients.hidden, layout.reduce_matrix(gradients.unembedding))
 
     specs = (layout.rows, layout.matrix, layout.rows, layout.rows)
-    out = (PartitionSpec(), layout.rows, Gradients(layout.rows, layout.stored))
-    return on_mesh(local, specs, out)(hidden, unembedding, ids, rows)
+    out = (PartitionSpec(), layout.rows, (layout.rows, layout.stored))
+    total, terms, gradients = on_mesh(local, specs, out)(hidden, unembedding, ids, rows)
+    return total, terms, Gradients(*gradients)

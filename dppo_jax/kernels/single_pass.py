@@ -61,7 +61,7 @@ def fused_loss_and_grad(
     stored_gradient: bool = True,
     vocabulary_axis: str | None = None,
 ) -> tuple[Float[Array, ""], TokenTerms, Gradients]:
-    """(sum_n loss_n, terms [N], its gradients) of z = soft_cap * tanh(x.w / soft_cap) / temperature.
+    """(sum of losses, terms, its gradients) of z = soft_cap * tanh(x.w / soft_cap) / temperature.
 
     The logits of a chunk of tokens are the only array with a vocabulary axis beside the matrix and
     its gradient.

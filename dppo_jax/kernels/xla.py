@@ -172,8 +172,10 @@ def backward(
     g_stored: Float[Array, "N K"] | None,
     g_entropy: Float[Array, " N"] | None,
 ) -> tuple[Float[Array, "N D"] | None, Float[Array, "V D"] | None]:
-    """(dhidden in the statistics' precision, dunembedding) from the outputs' cotangents; a None is a
-    zero that costs nothing."""
+    """(dhidden, not yet rounded to its dtype, dunembedding) from the outputs' cotangents.
+
+    A None is a zero that costs nothing.
+    """
     hidden, unembedding = saved.hidden, saved.unembedding
     dtype = statistics_dtype(hidden, unembedding)
     operand = jnp.promote_types(hidden.dtype, unembedding.dtype)

@@ -11,7 +11,17 @@ from jaxtyping import Array, Bool, Float
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
 from dppo_jax.objectives.measures import importance_ratio
 from dppo_jax.objectives.trust_region import TrustRegion
-from dppo_jax.records import Batch, LossSum, Max, Mean, Metrics, Need, Objective, TokenStats
+from dppo_jax.records import (
+    Batch,
+    LossSum,
+    Max,
+    Mean,
+    Metrics,
+    Need,
+    Objective,
+    TokenLocal,
+    TokenStats,
+)
 
 
 class TokenLoss(NamedTuple):
@@ -55,6 +65,7 @@ def from_token_loss(
 
     `token_loss` sees float32 log-probabilities, entropies and advantages that are 0 outside
     response_mask, so that padding of any value, NaN included, changes neither value nor gradient.
+    Its loss at a token may depend on that token's entries alone.
     """
 
     def loss(stats: TokenStats, batch: Batch) -> LossSum:
@@ -67,7 +78,12 @@ def from_token_loss(
         metrics["loss/policy"] = Mean(loss_sum, weights.total)
         return LossSum(loss_sum, weights.total, jax.lax.stop_gradient(metrics))
 
-    return Objective(loss, needs)
+    def one_by_one(stats: TokenStats, batch: Batch) -> Float[Array, "B T"]:
+        tokens = token_loss(*_zero_padding(stats, batch))
+        return jnp.where(batch.rollout.response_mask, tokens.loss, 0.0)
+
+    local = TokenLocal(one_by_one, lambda mask: aggregate(mask).token)
+    return Objective(loss, needs, local)
 
 
 _PER_TOKEN = (  # the fields of Batch with a value at each response token; None where not provided
