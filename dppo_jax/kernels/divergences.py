@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 from dppo_jax.kernels.xla import (
     Transform,
     _chunk,
-    _contract,
-    _logits,
     _over_chunks,
     chunk_columns,
+    contract,
+    logits_of,
     statistics_dtype,
 )
 
@@ -72,7 +72,7 @@ def divergences(mu: Policy, pi: Policy) -> Divergences:
         both = []
         for policy, transform in zip((mu, pi), transforms, strict=True):
             chunk = _chunk(policy.unembedding, index, columns)
-            z = _logits(_contract(policy.hidden, chunk.rows, 1, 1, dtype), transform)
+            z = logits_of(contract(policy.hidden, chunk.rows, 1, 1, dtype), transform)
             both.append(z if chunk.fresh is None else jnp.where(chunk.fresh, z, -jnp.inf))
         return both
 
