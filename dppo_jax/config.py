@@ -109,10 +109,12 @@ def load_recipe(
     function: Callable[..., Any],
     overrides: Sequence[str] = (),
     given: Sequence[str] = (),
+    overlays: Sequence[str] = (),
 ) -> Recipe:
     """Reads a recipe for `function` and the overrides ("NAME=VALUE"), checks and locks them.
 
-    `given` names the parameters that the caller supplies, so that they need no binding.
+    `given` names the parameters that the caller supplies, so that they need no binding. `overlays`
+    are .gin files read after the recipe, found from here or as the recipe's own includes are.
     """
     global _loaded
     _loaded = None
@@ -120,6 +122,10 @@ def load_recipe(
     recipe = Recipe(find_recipe(Path(path)), function)
     reader = _Reader(recipe)
     reader.read_file(recipe.path)
+    for overlay in overlays:
+        here = Path(overlay)
+        found = here if here.is_file() else find_include(overlay, [recipe.path], "over the recipe")
+        reader.read_file(found.resolve())
     reader.read_overrides(overrides)
     if function not in gin_config._INVERSE_REGISTRY:
         name = f"{function.__module__}.{function.__name__}"
