@@ -22,6 +22,10 @@ FINISH_STOP = 1  # the policy sampled an end token, which is part of the respons
 # Batch.logp_ref, TokenStats.exact_*, TokenStats.uniform_logp, TokenStats.values (and their _old).
 Need = Literal["logp_old", "logp_ref", "exact_divergence", "uniform_logp", "values"]
 
+# How far the loss at a token looks: at what is recorded of that token alone, at the other tokens of
+# its sequence, or at the other sequences of the batch. The last depends on the microbatch split.
+Scope = Literal["token", "sequence", "batch"]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ class Objective(NamedTuple):
     # the loss reads it in Batch.objective_state, `next_state` sees the whole step's metrics.
     initial_state: Any = ()
     next_state: Callable[[Any, Metrics], Any] | None = None
+    scope: Scope = "batch"
 
 
 @jax.tree_util.register_dataclass

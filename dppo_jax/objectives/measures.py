@@ -15,6 +15,7 @@ from dppo_jax import divergence
 from dppo_jax.records import Batch, Need, TokenStats
 
 LOG_RATIO_CEILING = 60.0  # e^60 = 1e26: sums and products of such ratios stay finite in float32
+SURROGATE_CEILING = 20.0  # e^20 = 5e8: its square, and sums of it, stay finite in float32
 
 
 class AnchorLogps(NamedTuple):
@@ -58,6 +59,25 @@ def importance_ratio(
     """π/μ of the sampled token, without gradient; at most e^60 so that float32 cannot overflow."""
     log_ratio = jax.lax.stop_gradient(logp - logp_anchor)
     return jnp.exp(jnp.minimum(log_ratio, LOG_RATIO_CEILING))
+
+
+def bounded_exp(log_ratio: Float[Array, "*N"], ceiling: float) -> Float[Array, "*N"]:
+    """min(eˣ, e^ceiling), differentiable: the gradient at any x is the value times that of x.
+
+    Differs from the clamp of verl and its forks, which has no gradient past the ceiling: there too
+    a token with A < 0 is to be pushed back.
+    """
+    value = jnp.exp(jnp.minimum(jax.lax.stop_gradient(log_ratio), ceiling))
+    # where π underflows the ratio and its gradient are 0: never infinity minus infinity
+    inside = jnp.where(value > 0, log_ratio, 0.0)
+    return value * jnp.exp(inside - jax.lax.stop_gradient(inside))
+
+
+def surrogate_ratio(
+    logp: Float[Array, "B T"], logp_anchor: Float[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """π/anchor of the sampled token, differentiable; its value is at most e^20."""
+    return bounded_exp(logp - jax.lax.stop_gradient(logp_anchor), SURROGATE_CEILING)
 
 
 def ratio_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Float[Array, "B T"]:

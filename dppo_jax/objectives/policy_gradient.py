@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
-from dppo_jax.objectives.measures import importance_ratio
+from dppo_jax.objectives.measures import importance_ratio, surrogate_ratio
 from dppo_jax.objectives.trust_region import TrustRegion
 from dppo_jax.records import (
     Batch,
@@ -19,6 +19,7 @@ from dppo_jax.records import (
     Metrics,
     Need,
     Objective,
+    Scope,
     TokenLocal,
     TokenStats,
 )
@@ -30,6 +31,7 @@ class TokenLoss(NamedTuple):
     loss: Float[Array, "B T"]  # differentiable in TokenStats
     keep: Bool[Array, "B T"]  # False where the trust region dropped the token
     divergence: Float[Array, "B T"] | None = None  # the measured distance, for the metrics
+    metrics: Metrics | None = None  # of its own, unreduced
 
 
 def policy_gradient(
@@ -45,18 +47,50 @@ def policy_gradient(
         raise ValueError(f"cap must be positive, got {cap}")
 
     def token_loss(stats: TokenStats, batch: Batch) -> TokenLoss:
-        keep, divergence = region.decide(stats, batch)
+        keep, divergence, gate = region.decide(stats, batch)
         ratio = jnp.minimum(importance_ratio(stats.logp, batch.rollout.logp_rollout), cap)
-        weight = jnp.where(keep, ratio, 0.0)
+        weight = _gated(jnp.where(keep, ratio, 0.0), gate)
         # a weight of 0 is the limit of r·log π where π underflows: never 0 times infinity
         logp = jnp.where(weight > 0, stats.logp, 0.0)
         return TokenLoss(-batch.advantages * weight * logp, keep, divergence)
 
-    return from_token_loss(token_loss, aggregate=aggregate, needs=region.needs)
+    return _from_region(region, token_loss, aggregate)
+
+
+def ratio_surrogate(
+    region: TrustRegion, *, cap: float = jnp.inf, aggregate: Aggregation = token_mean
+) -> Objective:
+    """The differentiable ratio form of `policy_gradient`: the same gradient as long as r <= C.
+
+    L = agg(-A · min(r, C) · sg[M]) with r = π/μ. DPPO (arXiv 2602.04879) eq. 12 taken as a loss;
+    SkyRL@a9564572, open-instruct, prime-rl@559b4477 (all without a cap).
+    A token past the cap loses its gradient here; `policy_gradient` scales it by C. The ratio's
+    value is at most e^20.
+    """
+    if not cap > 0:
+        raise ValueError(f"cap must be positive, got {cap}")
+
+    def token_loss(stats: TokenStats, batch: Batch) -> TokenLoss:
+        keep, divergence, gate = region.decide(stats, batch)
+        ratio = jnp.minimum(surrogate_ratio(stats.logp, batch.rollout.logp_rollout), cap)
+        weight = _gated(jnp.where(keep, ratio, 0.0), gate)
+        return TokenLoss(-batch.advantages * weight, keep, divergence)
+
+    return _from_region(region, token_loss, aggregate)
+
+
+Form = Callable[..., Objective]  # (region, cap=, aggregate=): policy_gradient or ratio_surrogate
+
+
+def _gated(weight: Float[Array, "B T"], gate: Float[Array, "B T"] | None) -> Float[Array, "B T"]:
+    return weight if gate is None else weight * jax.lax.stop_gradient(gate)
+
+
+TokenLossFunction = Callable[[TokenStats, Batch], TokenLoss]
 
 
 def from_token_loss(
-    token_loss: Callable[[TokenStats, Batch], TokenLoss],
+    token_loss: TokenLossFunction,
     *,
     aggregate: Aggregation = token_mean,
     needs: frozenset[Need] = frozenset(),
@@ -67,7 +101,44 @@ def from_token_loss(
     response_mask, so that padding of any value, NaN included, changes neither value nor gradient.
     Its loss at a token may depend on that token's entries alone.
     """
+    return _objective(token_loss, aggregate, needs, "token")
 
+
+def from_sequence_loss(
+    token_loss: TokenLossFunction,
+    *,
+    aggregate: Aggregation = token_mean,
+    needs: frozenset[Need] = frozenset(),
+) -> Objective:
+    """`from_token_loss` where a token's loss may depend on all tokens of its sequence."""
+    return _objective(token_loss, aggregate, needs, "sequence")
+
+
+def from_batch_loss(
+    token_loss: TokenLossFunction,
+    *,
+    aggregate: Aggregation = token_mean,
+    needs: frozenset[Need] = frozenset(),
+) -> Objective:
+    """`from_token_loss` where a token's loss may depend on all sequences that it is given.
+
+    These are the microbatch's: unlike with the other two, its size changes the result.
+    """
+    return _objective(token_loss, aggregate, needs, "batch")
+
+
+def _from_region(
+    region: TrustRegion, token_loss: TokenLossFunction, aggregate: Aggregation
+) -> Objective:
+    return _objective(token_loss, aggregate, region.needs, region.scope)
+
+
+def _objective(
+    token_loss: TokenLossFunction,
+    aggregate: Aggregation,
+    needs: frozenset[Need],
+    scope: Scope,
+) -> Objective:
     def loss(stats: TokenStats, batch: Batch) -> LossSum:
         mask = batch.rollout.response_mask
         stats, batch = _zero_padding(stats, batch)
@@ -83,7 +154,7 @@ def from_token_loss(
         return jnp.where(batch.rollout.response_mask, tokens.loss, 0.0)
 
     local = TokenLocal(one_by_one, lambda mask: aggregate(mask).token)
-    return Objective(loss, needs, local)
+    return Objective(loss, needs, local if scope == "token" else None, scope=scope)
 
 
 _PER_TOKEN = (  # the fields of Batch with a value at each response token; None where not provided
@@ -135,7 +206,7 @@ def _metrics(tokens: TokenLoss, stats: TokenStats, batch: Batch) -> Metrics:
     if tokens.divergence is not None:
         metrics["divergence/mean"] = _mean(tokens.divergence, response)
         metrics["divergence/max"] = _max(tokens.divergence, response)
-    return metrics
+    return metrics | (tokens.metrics or {})
 
 
 def _mean(values: Float[Array, "B T"], where: Bool[Array, "B T"]) -> Mean:

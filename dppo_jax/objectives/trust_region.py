@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dppo_jax.objectives.measures import Anchor, Measure
-from dppo_jax.records import Batch, Need, TokenStats
+from dppo_jax.objectives.measures import Anchor, AnchorLogps, Measure
+from dppo_jax.records import Batch, Need, Scope, TokenStats
 
 
 class Decision(NamedTuple):
@@ -16,6 +16,7 @@ class Decision(NamedTuple):
 
     keep: Bool[Array, "B T"]  # M of the formulas; meaningless outside response_mask
     divergence: Float[Array, "B T"] | None  # the measured distance; None where nothing is measured
+    gate: Float[Array, "B T"] | None = None  # in [0, 1], scales what is kept; None: by 1
 
 
 class TrustRegion(NamedTuple):
@@ -23,11 +24,29 @@ class TrustRegion(NamedTuple):
 
     decide: Callable[[TokenStats, Batch], Decision]
     needs: frozenset[Need] = frozenset()
+    scope: Scope = "token"
 
 
 def unconstrained() -> TrustRegion:
     """M = 1: every token is kept (PG-IS, PG-TIS, CISPO)."""
     return TrustRegion(lambda stats, batch: Decision(jnp.ones(stats.logp.shape, jnp.bool_), None))
+
+
+def moving_away(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Bool[Array, "B T"]:
+    """Tokens that the update pushes further from the anchor: A (π - anchor) > 0, strictly."""
+    raised = (batch.advantages > 0) & (stats.logp > anchor.logp)
+    return raised | ((batch.advantages < 0) & (stats.logp < anchor.logp))
+
+
+def by_sign(batch: Batch, low: float, high: float) -> Float[Array, "B T"]:
+    """The threshold of each token: `high` where A > 0, else `low`."""
+    return jnp.where(batch.advantages > 0, high, low)
+
+
+def check_thresholds(delta_low: float, delta_high: float) -> None:
+    """Raises ValueError where a threshold is negative or not a number."""
+    if not (delta_low >= 0 and delta_high >= 0):
+        raise ValueError(f"thresholds must be >= 0, got {delta_low} and {delta_high}")
 
 
 def bounded(
@@ -40,16 +59,14 @@ def bounded(
     Moves back towards the anchor are never dropped. A = 0 is kept (it contributes nothing), while
     Stable-RL and verl put it in the negative branch of their masks. δ in the measure's unit.
     """
-    if delta_low < 0 or delta_high < 0:
-        raise ValueError(f"thresholds must be >= 0, got {delta_low} and {delta_high}")
+    check_thresholds(delta_low, delta_high)
     centre = anchor()
 
     def decide(stats: TokenStats, batch: Batch) -> Decision:
         logps = centre.logps(batch)
         distance = jax.lax.stop_gradient(measure(stats, batch, logps))
-        raised = (batch.advantages > 0) & (stats.logp > logps.logp) & (distance > delta_high)
-        lowered = (batch.advantages < 0) & (stats.logp < logps.logp) & (distance > delta_low)
-        return Decision(~(raised | lowered), distance)
+        outside = distance > by_sign(batch, delta_low, delta_high)
+        return Decision(~(outside & moving_away(stats, batch, logps)), distance)
 
     return TrustRegion(decide, centre.needs)
 
@@ -65,6 +82,7 @@ def relax_rare(region: TrustRegion, *, alpha_low: float, alpha_high: float) -> T
         verdict = region.decide(stats, batch)
         alpha = jnp.where(batch.advantages > 0, alpha_high, alpha_low)
         rare = jnp.exp(batch.rollout.logp_rollout) < alpha
-        return Decision(verdict.keep | rare, verdict.divergence)
+        gate = None if verdict.gate is None else jnp.where(rare, 1.0, verdict.gate)
+        return Decision(verdict.keep | rare, verdict.divergence, gate)
 
-    return TrustRegion(decide, region.needs)
+    return TrustRegion(decide, region.needs, region.scope)
