@@ -46,7 +46,7 @@ def test_full_goldens(capsys):
         == 0
     )
     out = capsys.readouterr().out
-    assert "checked 112 of 156 rows" in out
+    assert "checked 156 of 156 rows" in out
     for mode in ("dppo_topk_kl", "dppo_binary_tv_recompute", "ppo_recompute", "pg_no_mask"):
         assert f"Stable-RL      {mode} " in out
 
@@ -71,17 +71,25 @@ def test_a_wrong_figure_fails(tmp_path, capsys, mode, what):
     assert "checked 1 of 1 rows" in captured.out
 
 
+@pytest.mark.parametrize("mode", ["vanilla", "gspo", "geo_mean", "sapo", "dro"])
+def test_a_wrong_gradient_fails(tmp_path, capsys, mode):
+    row = json.loads(json.dumps(row_of(mode, "verl")))
+    assert run(tmp_path, capsys, row)[0] == 0
+    row["d_log_prob"][1][0] += 1e-4
+    assert run(tmp_path, capsys, row)[0] == 1
+
+
 def test_not_a_number_fails(tmp_path, capsys):
     assert run(tmp_path, capsys, row_of("ppo") | {"loss": float("nan")})[0] == 1
 
 
 def test_unknown_modes_are_counted_not_failed(tmp_path, capsys):
     row = row_of("ppo")
-    strange = [row | {"loss_mode": "gspo"}, row | {"loss_agg_mode": "median"}, row | {"impl": "x"}]
+    strange = [row | {"loss_mode": "nft"}, row | {"loss_agg_mode": "median"}, row | {"impl": "x"}]
     status, captured = run(tmp_path, capsys, row, *strange)
     assert status == 0
     assert "checked 1 of 4 rows" in captured.out
-    assert "Stable-RL gspo, 1 rows: mode is not known" in captured.out
+    assert "Stable-RL nft, 1 rows: mode is not known" in captured.out
     assert "aggregation median is not known" in captured.out
 
 

@@ -1,5 +1,9 @@
-"""Objectives: pure functions TokenStats, Batch -> LossSum, composed of region, cap, aggregation."""
+"""Objectives: pure functions TokenStats, Batch -> LossSum, composed of region, cap, aggregation.
 
+`methods.METHODS` is the table of all of them.
+"""
+
+from dppo_jax.objectives.adaptive import balance, bapo
 from dppo_jax.objectives.aggregate import (
     Aggregation,
     TokenWeights,
@@ -12,10 +16,39 @@ from dppo_jax.objectives.baselines import (
     grpo,
     grpo_clip_higher,
     grpo_relaxed,
+    mask_bad_updates,
     minirl,
     minirl_tis,
     pg_is,
     pg_tis,
+)
+from dppo_jax.objectives.corrected_methods import grpo_icepop, grpo_mis, grpo_opsm, grpo_tis
+from dppo_jax.objectives.corrections import (
+    Correction,
+    corrected,
+    current_policy,
+    geometric_mask,
+    icepop,
+    old_policy,
+    opsm,
+    opsm_token,
+    product,
+    product_mask,
+    sequence_mis,
+    sequence_tis,
+    tis,
+)
+from dppo_jax.objectives.covariance import clip_cov, kl_cov
+from dppo_jax.objectives.cppo import (
+    Budget,
+    cppo,
+    cppo_kl,
+    cppo_soft,
+    fixed_budget,
+    prefix_budget,
+    prefix_sums,
+    quantile_budget,
+    soft_prefix_budget,
 )
 from dppo_jax.objectives.dppo import (
     dppo,
@@ -24,6 +57,8 @@ from dppo_jax.objectives.dppo import (
     dppo_topk_kl,
     dppo_topk_tv,
 )
+from dppo_jax.objectives.drpo import drpo, mask_drpo, spo
+from dppo_jax.objectives.log_ratio import cpgd, dro
 from dppo_jax.objectives.measures import (
     Anchor,
     AnchorLogps,
@@ -34,58 +69,130 @@ from dppo_jax.objectives.measures import (
     old_anchor,
     ratio_measure,
     rollout_anchor,
+    surrogate_ratio,
     topk_kl_measure,
     topk_slots_kl_measure,
     topk_slots_tv_measure,
     topk_tv_measure,
 )
-from dppo_jax.objectives.policy_gradient import TokenLoss, from_token_loss, policy_gradient
+from dppo_jax.objectives.policy_gradient import (
+    Form,
+    TokenLoss,
+    from_batch_loss,
+    from_sequence_loss,
+    from_token_loss,
+    policy_gradient,
+    ratio_surrogate,
+)
+from dppo_jax.objectives.ppo import clipped_surrogate, dapo, dr_grpo, ppo_clip
+from dppo_jax.objectives.sequence_ratio import gmpo, gspo, gspo_token, luspo
+from dppo_jax.objectives.soft_gates import sapo, vespo
+from dppo_jax.objectives.trm import sequence_bounded, trm_avg, trm_max
 from dppo_jax.objectives.trust_region import (
     Decision,
     TrustRegion,
     bounded,
+    moving_away,
     relax_rare,
     unconstrained,
 )
+from dppo_jax.objectives.weighted import cispo, minpro
 
 __all__ = [
     "Aggregation",
     "Anchor",
     "AnchorLogps",
+    "Budget",
+    "Correction",
     "Decision",
+    "Form",
     "Measure",
     "TokenLoss",
     "TokenWeights",
     "TrustRegion",
+    "balance",
+    "bapo",
     "binary_kl_measure",
     "binary_tv_measure",
     "bounded",
+    "cispo",
+    "clip_cov",
+    "clipped_surrogate",
+    "corrected",
+    "cpgd",
+    "cppo",
+    "cppo_kl",
+    "cppo_soft",
+    "current_policy",
+    "dapo",
     "dppo",
     "dppo_binary_kl",
     "dppo_binary_tv",
     "dppo_topk_kl",
     "dppo_topk_tv",
+    "dr_grpo",
+    "dro",
+    "drpo",
+    "fixed_budget",
+    "from_batch_loss",
+    "from_sequence_loss",
     "from_token_loss",
+    "geometric_mask",
+    "gmpo",
     "grpo",
     "grpo_clip_higher",
+    "grpo_icepop",
+    "grpo_mis",
+    "grpo_opsm",
     "grpo_relaxed",
+    "grpo_tis",
+    "gspo",
+    "gspo_token",
+    "icepop",
     "importance_ratio",
+    "kl_cov",
+    "luspo",
+    "mask_bad_updates",
+    "mask_drpo",
     "minirl",
     "minirl_tis",
+    "minpro",
+    "moving_away",
     "old_anchor",
+    "old_policy",
+    "opsm",
+    "opsm_token",
     "pg_is",
     "pg_tis",
     "policy_gradient",
+    "ppo_clip",
+    "prefix_budget",
+    "prefix_sums",
+    "product",
+    "product_mask",
+    "quantile_budget",
     "ratio_measure",
+    "ratio_surrogate",
     "relax_rare",
     "rollout_anchor",
+    "sapo",
     "seq_mean_token_mean",
     "seq_mean_token_sum",
     "seq_mean_token_sum_norm",
+    "sequence_bounded",
+    "sequence_mis",
+    "sequence_tis",
+    "soft_prefix_budget",
+    "spo",
+    "surrogate_ratio",
+    "tis",
     "token_mean",
     "topk_kl_measure",
     "topk_slots_kl_measure",
     "topk_slots_tv_measure",
     "topk_tv_measure",
+    "trm_avg",
+    "trm_max",
     "unconstrained",
+    "vespo",
 ]

@@ -9,7 +9,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
-from dppo_jax.objectives.measures import Anchor, old_anchor, ratio_measure, rollout_anchor
+from dppo_jax.objectives.measures import (
+    Anchor,
+    binary_tv_measure,
+    old_anchor,
+    ratio_measure,
+    rollout_anchor,
+)
 from dppo_jax.objectives.policy_gradient import policy_gradient
 from dppo_jax.objectives.trust_region import bounded, relax_rare, unconstrained
 from dppo_jax.records import Objective
@@ -96,3 +102,18 @@ def pg_tis(cap: float = 3.0, aggregate: Aggregation = token_mean) -> Objective:
     Differs from CISPO (arXiv 2506.13585) eq. 5: no lower clip, which MiniMax leaves inactive too.
     """
     return policy_gradient(unconstrained(), cap=cap, aggregate=aggregate)
+
+
+def mask_bad_updates(
+    threshold: float = 0.5,
+    anchor: Callable[[], Anchor] = rollout_anchor,
+    cap: float = jnp.inf,
+    aggregate: Aggregation = token_mean,
+) -> Objective:
+    """PG-IS that drops only the worst: A < 0 tokens with μ - π > threshold.
+
+    "Mask-0.5-Rollout" of arXiv 2602.04879 sec. 6, at most 0.5 % of tokens: enough to keep a run
+    stable, while 0.8, or the recomputed anchor, is not. Differs from the paper: > in place of >=.
+    """
+    region = bounded(binary_tv_measure, delta_low=threshold, delta_high=jnp.inf, anchor=anchor)
+    return policy_gradient(region, cap=cap, aggregate=aggregate)

@@ -19,8 +19,8 @@ from dppo_jax.objectives.measures import (
     topk_kl_measure,
     topk_tv_measure,
 )
-from dppo_jax.objectives.policy_gradient import policy_gradient
-from dppo_jax.objectives.trust_region import bounded
+from dppo_jax.objectives.policy_gradient import Form, policy_gradient
+from dppo_jax.objectives.trust_region import bounded, sides
 from dppo_jax.records import Objective
 
 
@@ -32,15 +32,15 @@ def dppo(
     anchor: Callable[[], Anchor] = rollout_anchor,
     cap: float = jnp.inf,
     aggregate: Aggregation = token_mean,
+    form: Form = policy_gradient,
 ) -> Objective:
-    """DPPO with any measure: eq. 12 for the mask, eq. 23 for the gradient."""
-    region = bounded(
-        measure,
-        delta_low=delta if delta_low is None else delta_low,
-        delta_high=delta if delta_high is None else delta_high,
-        anchor=anchor,
-    )
-    return policy_gradient(region, cap=cap, aggregate=aggregate)
+    """DPPO with any measure: eq. 12 for the mask, eq. 23 for the gradient.
+
+    `form` is policy_gradient, or ratio_surrogate for a differentiable ratio.
+    """
+    low, high = sides(delta, delta_low, delta_high)
+    region = bounded(measure, delta_low=low, delta_high=high, anchor=anchor)
+    return form(region, cap=cap, aggregate=aggregate)
 
 
 def dppo_binary_tv(
@@ -50,9 +50,10 @@ def dppo_binary_tv(
     anchor: Callable[[], Anchor] = rollout_anchor,
     cap: float = jnp.inf,
     aggregate: Aggregation = token_mean,
+    form: Form = policy_gradient,
 ) -> Objective:
     """DPPO-Binary-TV: M = 0 where |μ - π| > δ and moving away (eqs. 12, 13)."""
-    return dppo(binary_tv_measure, delta, delta_low, delta_high, anchor, cap, aggregate)
+    return dppo(binary_tv_measure, delta, delta_low, delta_high, anchor, cap, aggregate, form)
 
 
 def dppo_binary_kl(
@@ -62,9 +63,10 @@ def dppo_binary_kl(
     anchor: Callable[[], Anchor] = rollout_anchor,
     cap: float = jnp.inf,
     aggregate: Aggregation = token_mean,
+    form: Form = policy_gradient,
 ) -> Objective:
     """DPPO-Binary-KL: M = 0 where KL of {sampled, rest} > δ and moving away (eqs. 12, 14)."""
-    return dppo(binary_kl_measure, delta, delta_low, delta_high, anchor, cap, aggregate)
+    return dppo(binary_kl_measure, delta, delta_low, delta_high, anchor, cap, aggregate, form)
 
 
 def dppo_topk_tv(
@@ -74,13 +76,14 @@ def dppo_topk_tv(
     anchor: Callable[[], Anchor] = rollout_anchor,
     cap: float = jnp.inf,
     aggregate: Aggregation = token_mean,
+    form: Form = policy_gradient,
 ) -> Objective:
     """DPPO-TopK-TV: M = 0 where TV over TopK(μ) ∪ {sampled} > δ and moving away (eqs. 12, 15).
 
     K is the rollout's (20 in the paper, whose Top-K runs all have δ = 0.20).
     Differs from the paper's code, which keeps K slots: `dppo(topk_slots_tv_measure, ...)`.
     """
-    return dppo(topk_tv_measure, delta, delta_low, delta_high, anchor, cap, aggregate)
+    return dppo(topk_tv_measure, delta, delta_low, delta_high, anchor, cap, aggregate, form)
 
 
 def dppo_topk_kl(
@@ -90,10 +93,11 @@ def dppo_topk_kl(
     anchor: Callable[[], Anchor] = rollout_anchor,
     cap: float = jnp.inf,
     aggregate: Aggregation = token_mean,
+    form: Form = policy_gradient,
 ) -> Objective:
     """DPPO-TopK-KL: M = 0 where KL over TopK(μ) ∪ {sampled} > δ and moving away (eqs. 12, 16).
 
     K is the rollout's (20 in the paper).
     Differs from the paper's code, which keeps K slots: `dppo(topk_slots_kl_measure, ...)`.
     """
-    return dppo(topk_kl_measure, delta, delta_low, delta_high, anchor, cap, aggregate)
+    return dppo(topk_kl_measure, delta, delta_low, delta_high, anchor, cap, aggregate, form)

@@ -43,6 +43,11 @@ def by_sign(batch: Batch, low: float, high: float) -> Float[Array, "B T"]:
     return jnp.where(batch.advantages > 0, high, low)
 
 
+def sides(delta: float, low: float | None, high: float | None) -> tuple[float, float]:
+    """(δ for A < 0, δ for A > 0), where a side without its own value has `delta`."""
+    return delta if low is None else low, delta if high is None else high
+
+
 def check_thresholds(delta_low: float, delta_high: float) -> None:
     """Raises ValueError where a threshold is negative or not a number."""
     if not (delta_low >= 0 and delta_high >= 0):

@@ -49,9 +49,16 @@ def relaxed(positive: bool, negative: bool) -> Build:
 
 
 def clipped_weight(low: float, high: float, cap: float, aggregate: Any) -> Objective:
-    if low < 1:
-        raise Unchecked("its lower clip of the weight is active (clip_ratio_low < 1)")
-    return objectives.pg_tis(min(1 + high, REFERENCE_CAP), aggregate)
+    return objectives.cispo(max(1 - low, 0.0), min(1 + high, REFERENCE_CAP), aggregate=aggregate)
+
+
+def by_sequence(method: Callable[..., Objective]) -> Build:
+    """The references aggregate these as a mean of sequence means, whatever they are told."""
+    return lambda low, high, cap, aggregate: method(low, high)
+
+
+def dual_clipped(low: float, high: float, cap: float, aggregate: Any) -> Objective:
+    return objectives.ppo_clip(low, high, dual_clip=cap, aggregate=aggregate)
 
 
 OLD = {"anchor": objectives.old_anchor}
@@ -80,9 +87,17 @@ MODES = {
     ),
     ("verl", "dppo_tv"): Mode(dppo(BINARY_TV)),
     ("verl", "dppo_kl"): Mode(dppo(BINARY_KL)),
+    # the recordings' dro_beta, which their rows do not say
+    ("verl", "dro"): Mode(
+        lambda low, high, cap, aggregate: objectives.dro(0.1, aggregate=aggregate)
+    ),
 }
 for implementation in ("Stable-RL", "verl"):
     MODES[implementation, "cispo"] = Mode(clipped_weight)
+    MODES[implementation, "vanilla"] = Mode(dual_clipped)
+    MODES[implementation, "gspo"] = Mode(by_sequence(objectives.gspo_token))
+    MODES[implementation, "geo_mean"] = Mode(by_sequence(objectives.gmpo))
+    MODES[implementation, "sapo"] = Mode(lambda low, high, cap, aggregate: objectives.sapo())
     # on policy the weight is 1, which leaves GPG's -A·log π
     MODES[implementation, "gpg"] = Mode(
         lambda low, high, cap, aggregate: objectives.pg_is(aggregate), "log_prob"
