@@ -1,0 +1,73 @@
+"""The table of methods, and what must agree with it: gin files, README, `dppo methods`."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dppo_jax import objectives
+from dppo_jax.objectives.methods import METHODS
+from dppo_jax.records import Objective
+
+REPOSITORY = Path(__file__).parent.parent
+FILES = {path.stem: path for path in (REPOSITORY / "configs" / "algorithms").glob("*.gin")}
+README = (REPOSITORY / "README.md").read_text()
+
+
+def readme_row(method):
+    numbers = {k: v for k, v in method.defaults.items() if isinstance(v, int | float)}
+    cells = [
+        f"`{method.name}`" + " (experimental)" * method.experimental,
+        method.summary.replace("|", "\\|"),
+        ", ".join(f"{name} {value:g}" for name, value in numbers.items()),
+        ", ".join(f"`{need}`" for need in method.needs),
+        method.source,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_every_row_has_a_gin_file_and_every_file_a_row():
+    assert sorted(FILES) == sorted(method.name for method in METHODS)
+    for method in METHODS:
+        text = FILES[method.name].read_text()
+        assert f"train.train.objective = @objectives.{method.name}()" in text
+
+
+def test_readme_has_the_table():
+    ours = [readme_row(method) for method in METHODS]
+    theirs = [line for line in README.splitlines() if re.match(r"\| `\w+`( \(exp.*\))? \|", line)]
+    wanted = "\n".join(ours)
+    assert [line for line in theirs if line.count("|") > 5] == ours, f"README should have\n{wanted}"
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_rows_tell_the_truth(method):
+    assert getattr(objectives, method.name) is method.factory
+    assert isinstance(method.factory(), Objective)
+    assert all(p.default is not p.empty for p in inspect.signature(method.factory).parameters.values())
+    assert method.source and len(method.summary) < 75
+    doc = inspect.getdoc(method.factory)
+    assert re.search(r"arXiv|eqs?\.|sec\.|app\.|@|verl|DeepSeek|CPPO|trm_max|MiniRL|PG-", doc)
+    assert ("Assumed here" in doc) >= method.experimental
+    json.dumps(method.as_dict())
+
+
+def test_dppo_methods(dppo):
+    done = dppo("methods")
+    assert done.status == 0
+    listed = [line.split()[0] for line in done.out.splitlines() if line[:1].isalpha()]
+    assert [method.name for method in METHODS] == listed[1:]
+    assert "minpro (experimental)" in done.out
+
+
+def test_dppo_methods_json(dppo):
+    done = dppo("methods", "--json")
+    rows = json.loads(done.out)["methods"]
+    assert [row["name"] for row in rows] == [method.name for method in METHODS]
+    (row,) = [row for row in rows if row["name"] == "dppo_topk_kl"]
+    assert row["needs"] == ["topk"] and row["defaults"]["delta"] == 0.05
+    assert row["defaults"]["anchor"] == "rollout_anchor" and row["defaults"]["cap"] == "inf"
+    (row,) = [row for row in rows if row["name"] == "bapo"]
+    assert row["scope"] == "batch" and not row["experimental"]
