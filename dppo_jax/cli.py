@@ -114,6 +114,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint", required=True, help="a run directory")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
+    methods = verb(
+        verbs,
+        "methods",
+        _methods,
+        "Every training method: what it needs, where it comes from. NAME stands for "
+        "configs/algorithms/NAME.gin.",
+        "dppo methods --json",
+    )
+    methods.add_argument("--json", action="store_true", help="with defaults, as one JSON object")
+
     bench = verbs.add_parser("bench", help="Measure speed.").add_subparsers(
         required=True, metavar="WHAT"
     )
@@ -281,6 +291,22 @@ def _eval(options: argparse.Namespace) -> None:
                 "ended themselves": f"{result.finished:.3f}",
             },
         )
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from dppo_jax.objectives.methods import METHODS
+
+    if options.json:
+        print(json.dumps({"methods": [method.as_dict() for method in METHODS]}))
+        return
+    rows = [("method", "needs", "source", "what it does")]
+    for method in METHODS:
+        name = method.name + " (experimental)" * method.experimental
+        rows.append((name, ", ".join(method.needs) or "-", method.source, method.summary))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(line.rstrip())
 
 
 def _bench_step(options: argparse.Namespace) -> None:
