@@ -58,12 +58,17 @@ def corrected(objective: Objective, correction: Correction) -> Objective:
     tokens with weight 0; those are not counted in mask/*.
     """
 
-    def loss(stats: TokenStats, batch: Batch) -> LossSum:
-        mask = batch.rollout.response_mask
-        weight = jnp.where(mask, jax.lax.stop_gradient(correction.weight(stats, batch)), 0.0)
+    def weights(stats: TokenStats, batch: Batch) -> Float[Array, "B T"]:
+        weight = jax.lax.stop_gradient(correction.weight(stats, batch))
+        return jnp.where(batch.rollout.response_mask, weight, 0.0)
+
+    def weighted(batch: Batch, weight: Float[Array, "B T"]) -> Batch:
         # never 0 times what padding holds
-        advantages = jnp.where(weight > 0, batch.advantages, 0.0) * weight
-        result = objective.loss(stats, replace(batch, advantages=advantages))
+        return replace(batch, advantages=jnp.where(weight > 0, batch.advantages, 0.0) * weight)
+
+    def loss(stats: TokenStats, batch: Batch) -> LossSum:
+        weight, mask = weights(stats, batch), batch.rollout.response_mask
+        result = objective.loss(stats, weighted(batch, weight))
         tokens = mask.sum().astype(jnp.float32)
         metrics: Metrics = {
             "correction/weight": Mean(weight.sum(), tokens),
@@ -73,9 +78,16 @@ def corrected(objective: Objective, correction: Correction) -> Objective:
         return result._replace(metrics=result.metrics | metrics)
 
     scopes: tuple[Scope, ...] = ("token", "sequence", "batch")
+    local = objective.token_local if correction.scope == "token" else None
+    if local is not None:
+        of_token = local.loss
+        local = local._replace(
+            loss=lambda stats, batch: of_token(stats, weighted(batch, weights(stats, batch)))
+        )
     return objective._replace(
         loss=loss,
         needs=objective.needs | correction.needs,
+        token_local=local,
         scope=max(objective.scope, correction.scope, key=scopes.index),
     )
 
