@@ -23,6 +23,7 @@ def score(model: Model, params: Params, rollout: Rollout, *, temperature: float)
         decoder.unembedding_matrix(),
         ids,
         temperature=temperature,
+        soft_cap=model.config.final_soft_cap,
         stored_gradient=False,  # divergences are masks: no objective differentiates them
         layout=head_layout(),
     )
@@ -56,6 +57,7 @@ def loss_and_score(
         ids,
         (weights, *leaves),
         temperature=temperature,
+        soft_cap=model.config.final_soft_cap,
         stored_gradient=False,
         layout=head_layout(),
     )

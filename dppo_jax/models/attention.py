@@ -3,12 +3,13 @@
 Axes inside: p rows, h key heads, g samples, r queries a key head, s queries, t keys, d head size.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 NEGATIVE = -1e30  # finite, so that a row with nothing to attend to stays finite
 
@@ -29,18 +30,29 @@ def _product(form: str, left: Array, right: Array) -> Float[Array, "..."]:
     return jnp.einsum(form, left, right, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def attend(q: Float[Array, "p h g r s d"], keys: Sequence[Keys]) -> Float[Array, "p h g r s d"]:
-    """softmax(q·k + bias)·v over all of `keys` together; scores in float32.
+def soft_capped(z: Array, cap: float | None) -> Array:
+    """cap·tanh(z / cap), or z where there is no cap (Gemma 2, arXiv 2408.00118, section 2)."""
+    return z if cap is None else cap * jnp.tanh(z / cap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def attend(
+    q: Float[Array, "p h g r s d"], keys: Sequence[Keys], soft_cap: float | None = None
+) -> Float[Array, "p h g r s d"]:
+    """softmax(soft_capped(q·k) + bias)·v over all of `keys` together; scores in float32.
 
     Backward: dS = W·(dW - Σ_d dO·O), the rowwise sum over d instead of over the keys (Dao et al.,
-    arXiv 2205.14135, section B.2).
+    arXiv 2205.14135, section B.2); under a cap times 1 - tanh², the scores recomputed.
     """
-    return _forward(q, keys)[0]
+    return _forward(q, keys, soft_cap)[0]
 
 
-def _forward(q, keys):
-    scores = [_product(f"phgrsd,{part.axes}->phgrst", q, part.k) + part.bias for part in keys]
+def _scores(q: Array, part: Keys) -> Array:
+    return _product(f"phgrsd,{part.axes}->phgrst", q, part.k)
+
+
+def _forward(q, keys, soft_cap):
+    scores = [soft_capped(_scores(q, part), soft_cap) + part.bias for part in keys]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
     ends = [sum(part.k.shape[-2] for part in keys[:i]) for i in range(1, len(keys))]
     each = jnp.split(weights, ends, axis=-1)
@@ -51,14 +63,17 @@ def _forward(q, keys):
     return out, (q, keys, each, out)
 
 
-def _backward(saved, d_out):
+def _backward(soft_cap, saved, d_out):
     q, keys, each, out = saved
     row = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
     d_q = jnp.zeros(q.shape, jnp.float32)
     d_keys = []
     for w, part in zip(each, keys, strict=True):
         d_w = _product(f"phgrsd,{part.axes}->phgrst", d_out, part.v)
-        d_s = (w * (d_w - row)).astype(q.dtype)
+        d_s = w * (d_w - row)
+        if soft_cap is not None:
+            d_s *= 1.0 - jnp.tanh(_scores(q, part) / soft_cap) ** 2
+        d_s = d_s.astype(q.dtype)
         d_q += _product(f"phgrst,{part.axes}->phgrsd", d_s, part.k)
         d_k = _product(f"phgrst,phgrsd->{part.axes}", d_s, q)
         d_v = _product(f"phgrst,phgrsd->{part.axes}", w, d_out)
@@ -75,6 +90,11 @@ def bias_of(seen: Bool[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(seen, 0.0, NEGATIVE)
 
 
+def _distance(queries: int, keys: int) -> Int[Array, "queries keys"]:
+    """How many columns each query's is behind each key's."""
+    return jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :]
+
+
 class Prefix(NamedTuple):
     """Keys and values that each of a row's G sequences attends wholly."""
 
@@ -89,28 +109,42 @@ def attention(
     v: Float[Array, "P G S Hkv d"],
     key_mask: Bool[Array, "P G S"],
     prefix: Prefix | None = None,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    window: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "P G S Hd"]:
-    """softmax(q·k/√d)·v over the sequence so far, after the prefix that its group shares.
+    """softmax(q·k·scale)·v over the sequence so far, after the prefix that its group shares.
 
-    Keys that a mask leaves out are attended by nobody. The first half of the queries meets the
-    first half of the keys only: a quarter of the square that causality forbids is never computed.
+    Keys that a mask leaves out are attended by nobody; with a `window` a query sees that many
+    columns, its own the last. The first half of the queries meets the first half of the keys only:
+    a quarter of the square that causality forbids is never computed.
     """
     rows, samples, length, heads, size = q.shape
     groups = k.shape[3]
-    q = (q * size**-0.5).reshape(rows, samples, length, groups, heads // groups, size)
+    q = (q * scale).reshape(rows, samples, length, groups, heads // groups, size)
     q = q.transpose(0, 3, 1, 4, 2, 5)
     k, v = (t.transpose(0, 3, 1, 2, 4) for t in (k, v))
     allowed = jnp.tril(jnp.ones((length, length), bool)) & key_mask[:, :, None, :]
+    if window is not None:
+        allowed &= _distance(length, length) < window
     bias = bias_of(allowed)[:, None, :, None]
     before = []
     if prefix is not None:
         seen = prefix.mask[:, None, None, None, None]
+        if window is not None:  # the prefix's last column is the one before query 0
+            columns = prefix.mask.shape[1]
+            seen &= _distance(length, columns) + columns < window
         shared_k, shared_v = (t.transpose(0, 2, 1, 3) for t in (prefix.k, prefix.v))
         before = [Keys(shared_k, shared_v, bias_of(seen))]
 
     def part(start: int, stop: int):
         own = Keys(k[..., :stop, :], v[..., :stop, :], bias[..., start:stop, :stop])
-        return attend(q[..., start:stop, :], [*before, own])
+        if window is not None:
+            shared = [keys._replace(bias=keys.bias[..., start:stop, :]) for keys in before]
+        else:
+            shared = before
+        return attend(q[..., start:stop, :], [*shared, own], soft_cap)
 
     half = length // 2
     halves = [(0, half), (half, length)] if half else [(0, length)]

@@ -1,4 +1,4 @@
-"""A pre-norm decoder (the Llama and Qwen form) in Flax NNX, its layers stacked and scanned.
+"""A pre-norm decoder in Flax NNX, its layers stacked and scanned; `config` makes the family.
 
 Split it once with `nnx.split`; `Model` does, and `full_forward` and `response_states` are then pure
 functions of the parameters. `sampling` walks the same `Block`s one token at a
@@ -6,141 +6,25 @@ time with a cache.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dppo_jax.models.attention import Prefix, attention
+from dppo_jax.models.attention import Prefix, attention, soft_capped
+from dppo_jax.models.block import Block, gathered, norm_scale, normed, parameter
+from dppo_jax.models.config import DecoderConfig
+from dppo_jax.models.rope import Rope, rotary_table
 from dppo_jax.sharding import constrain
 
 Params = dict[str, Any]
-Rope = tuple[Array, Array]  # cos, sin
-Attend = Callable[[Array, Array, Array], Array]  # q, k, v [P, N, heads, d] -> [P, N, heads * d]
+Window = int | Array | None  # one for all layers, or the layer's own inside a scan
+# q, k, v [P, N, heads, d], the layer's window -> [P, N, heads * d]
+Attend = Callable[[Array, Array, Array, Window], Array]
 
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of a decoder. Sharding is chosen elsewhere, by the names in `Block`."""
-
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    mlp_width: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    tied_embeddings: bool = True
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    dtype: str = "float32"  # of activations and matrix products; parameters stay float32
-    remat: bool = False  # recompute each layer in the backward pass
-
-    def __post_init__(self):
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: "
-                "each key-value head serves the same number of query heads"
-            )
-        if self.head_size % 2:
-            raise ValueError(f"head_size={self.head_size} must be even: rope rotates pairs")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype!r}: use 'float32' or 'bfloat16'")
-
-
-def _param(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, axes: tuple[str | None, ...]):
-    """A normal-initialised parameter; `axes` name its dimensions for the sharding rules."""
-    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
-
-
-def _constant(value: float, size: int, axis: str | None):
-    return nnx.Param(jnp.full((size,), value, jnp.float32), axes=(axis,))
-
-
-def _gathered(param: nnx.Param) -> Array:
-    """A parameter for use: whole along `embed`, which only its storage splits (FSDP)."""
-    axes = (None if axis == "embed" else axis for axis in param.axes)
-    return constrain(param[...], *axes)
-
-
-def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float):
-    """x / rms(x) · scale, statistics in float32 (Zhang & Sennrich, arXiv 1910.07467)."""
-    wide = x.astype(jnp.float32)
-    normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (normal * scale).astype(x.dtype)
-
-
-def rotary_table(length: int, head_size: int, theta: float) -> Rope:
-    """cos and sin [length, 1, head_size/2] of each position's rotation (arXiv 2104.09864).
-
-    A constant of the program: XLA's CPU backend would compute them anew in every layer.
-    """
-    frequency = np.float32(theta) ** (-np.arange(0, head_size, 2, dtype=np.float32) / head_size)
-    angle = np.arange(length, dtype=np.float32)[:, None, None] * frequency
-    return jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle))
-
-
-def rotate(x: Float[Array, "*N H d"], rope) -> Float[Array, "*N H d"]:
-    """Rotates the pairs (i, i + d/2), the half-split order of Hugging Face checkpoints."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-class Block(nnx.Module):
-    """One layer, on flat activations [tokens, width]; whoever calls it does the attention."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        c = config
-        into, out = c.width**-0.5, (2 * c.layers) ** -0.5
-        queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
-        self.config = config
-        self.attention_norm = _constant(1.0, c.width, None)
-        self.q = _param(rngs, (c.width, queries), into, ("embed", "heads"))
-        self.k = _param(rngs, (c.width, keys), into, ("embed", "kv_heads"))
-        self.v = _param(rngs, (c.width, keys), into, ("embed", "kv_heads"))
-        self.o = _param(rngs, (queries, c.width), queries**-0.5 * out, ("heads", "embed"))
-        self.mlp_norm = _constant(1.0, c.width, None)
-        self.gate = _param(rngs, (c.width, c.mlp_width), into, ("embed", "mlp"))
-        self.up = _param(rngs, (c.width, c.mlp_width), into, ("embed", "mlp"))
-        self.down = _param(rngs, (c.mlp_width, c.width), c.mlp_width**-0.5 * out, ("mlp", "embed"))
-        if c.qkv_bias:
-            self.q_bias = _constant(0.0, queries, "heads")
-            self.k_bias = _constant(0.0, keys, "kv_heads")
-            self.v_bias = _constant(0.0, keys, "kv_heads")
-        if c.qk_norm:
-            self.q_norm = _constant(1.0, c.head_size, None)
-            self.k_norm = _constant(1.0, c.head_size, None)
-
-    def queries_keys_values(self, x: Float[Array, "N D"], rope):
-        """q [N, heads, d], and k, v [N, kv_heads, d], rotated to their positions."""
-        c = self.config
-        y = rms_norm(x, self.attention_norm[...], c.norm_eps)
-        q, k, v = (y @ _gathered(w).astype(y.dtype) for w in (self.q, self.k, self.v))
-        if c.qkv_bias:
-            q, k, v = (
-                t + b[...].astype(t.dtype)
-                for t, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
-            )
-        q, k, v = (t.reshape(len(x), -1, c.head_size) for t in (q, k, v))
-        if c.qk_norm:
-            q = rms_norm(q, self.q_norm[...], c.norm_eps)
-            k = rms_norm(k, self.k_norm[...], c.norm_eps)
-        return rotate(q, rope), rotate(k, rope), v
-
-    def finish(self, x: Float[Array, "N D"], attended: Float[Array, "N HD"]):
-        """The residual stream after the attention's projection and the MLP."""
-        x = x + attended @ _gathered(self.o).astype(x.dtype)
-        y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        gate, up = (y @ _gathered(w).astype(y.dtype) for w in (self.gate, self.up))
-        return x + (jax.nn.silu(gate) * up) @ _gathered(self.down).astype(x.dtype)
+EVERYTHING = 2**30  # the window of a layer that has none, where others have one
 
 
 class Decoder(nnx.Module):
@@ -150,10 +34,10 @@ class Decoder(nnx.Module):
         c = config
         self.config = config
         scale = c.width**-0.5
-        self.embedding = _param(rngs, (c.vocab_size, c.width), scale, ("vocab", "embed"))
+        self.embedding = parameter(rngs, (c.vocab_size, c.width), scale, ("vocab", "embed"))
         if not c.tied_embeddings:
-            self.unembedding = _param(rngs, (c.vocab_size, c.width), scale, ("vocab", "embed"))
-        self.final_norm = _constant(1.0, c.width, None)
+            self.unembedding = parameter(rngs, (c.vocab_size, c.width), scale, ("vocab", "embed"))
+        self.final_norm = norm_scale(c, c.width)
 
         @nnx.split_rngs(splits=c.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -163,7 +47,9 @@ class Decoder(nnx.Module):
         self.blocks = stack(rngs)
 
     def embed(self, tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
-        return _gathered(self.embedding)[tokens].astype(self.config.dtype)
+        c = self.config
+        x = gathered(self.embedding)[tokens].astype(c.dtype)
+        return x * jnp.asarray(c.width**0.5, c.dtype) if c.scaled_embeddings else x
 
     def unembedding_matrix(self) -> Float[Array, "V D"]:
         c = self.config
@@ -171,12 +57,45 @@ class Decoder(nnx.Module):
         return matrix[...].astype(c.dtype)
 
     def normed(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps)
+        return normed(self.config, x, self.final_norm)
+
+    def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """float32, under the final soft-cap; training never makes them (`kernels.head`)."""
+        matrix = self.unembedding_matrix()
+        z = jnp.dot(hidden, matrix.T, preferred_element_type=jnp.float32)
+        return soft_capped(z, self.config.final_soft_cap)
 
 
 def positions_of(mask: Bool[Array, "*B S"]) -> Int[Array, "*B S"]:
     """Each token's position among the real tokens of its row; 0 at left padding."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def rope_tables(config: DecoderConfig, length: int) -> list[Rope]:
+    """Rotations [length, 1, d/2]: the first is of global layers, the last of local ones."""
+    c = config
+    tables = [rotary_table(length, c.head_size, c.rope_theta, c.rope_scaling)]
+    if c.local_rope_theta is not None:
+        tables.append(rotary_table(length, c.head_size, c.local_rope_theta))
+    return tables
+
+
+class _Kind(NamedTuple):
+    """What tells a local layer from a global one inside the scan."""
+
+    window: Int[Array, " layers"]
+    local: Bool[Array, " layers"]
+
+
+def _kinds(config: DecoderConfig) -> _Kind | None:
+    """The layers' kinds where they differ; None, and no cost, where one window serves all."""
+    windows = config.windows
+    if len(set(windows)) == 1:
+        return None
+    return _Kind(
+        jnp.array([EVERYTHING if w is None else w for w in windows], jnp.int32),
+        jnp.array([w is not None for w in windows]),
+    )
 
 
 def _run_layers(
@@ -185,31 +104,48 @@ def _run_layers(
     """Hidden states [P, N, D] after the final norm, and keys, values [layers, P, N, Hkv, d]."""
     c = decoder.config
     # No position exceeds the columns of a row.
-    cos, sin = rotary_table(tokens.shape[1], c.head_size, c.rope_theta)
-    rope = cos[positions.reshape(-1)], sin[positions.reshape(-1)]
+    tables = rope_tables(c, tokens.shape[1])
+    flat = positions.reshape(-1)
+    ropes = [(cos[flat], sin[flat]) for cos, sin in tables]
     graphdef, stacked = nnx.split(decoder.blocks)
+    kinds = _kinds(c)
 
-    def layer(x, params):
+    def layer(x, xs):
+        params, kind = xs
         block = nnx.merge(graphdef, params)
+        window: Window
+        if kind is None:
+            window, rope = c.windows[0], ropes[0 if c.windows[0] is None else -1]
+        else:
+            window = kind.window
+            rope = jax.tree.map(lambda *of: jnp.where(kind.local, of[-1], of[0]), *ropes)
         q, k, v = block.queries_keys_values(x, rope)
         q, k, v = (t.reshape(*tokens.shape, *t.shape[1:]) for t in (q, k, v))
-        x = block.finish(x, attend(q, k, v).reshape(len(x), -1))
+        x = block.finish(x, attend(q, k, v, window).reshape(len(x), -1))
         return constrain(x, "batch", None), (k, v)
 
     if c.remat:
-        layer = jax.checkpoint(layer)
+        layer = jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, c.remat_policy))
     x = constrain(decoder.embed(tokens.reshape(-1)), "batch", None)
     # XLA's CPU backend copies every stacked residual of a rolled loop; a few layers unroll.
-    x, keys_values = jax.lax.scan(layer, x, stacked, unroll=c.layers if c.layers <= 8 else 1)
+    unroll = c.layers if c.layers <= 8 else 1
+    x, keys_values = jax.lax.scan(layer, x, (stacked, kinds), unroll=unroll)
     return decoder.normed(x).reshape(*tokens.shape, c.width), keys_values
+
+
+def _attention(config: DecoderConfig, q, k, v, mask, window: Window, prefix: Prefix | None = None):
+    return attention(
+        q, k, v, mask, prefix,
+        scale=config.attention_scale, soft_cap=config.attention_soft_cap, window=window,
+    )  # fmt: skip
 
 
 def full_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
     """Left-padded sequences at once: hidden [B, S, D], and keys, values [layers, B, S, Hkv, d]."""
 
-    def attend(q, k, v):
+    def attend(q, k, v, window):
         q, k, v = (t[:, None] for t in (q, k, v))
-        return attention(q, k, v, mask[:, None])
+        return _attention(decoder.config, q, k, v, mask[:, None], window)
 
     return _run_layers(decoder, tokens, positions_of(mask), attend)
 
@@ -234,15 +170,16 @@ def response_states(
     fed_tokens = response_tokens[:, :-1].reshape(prompts, samples * fed)
     fed_positions = (lengths + positions_of(fed_mask)).reshape(prompts, -1)
 
-    def attend(q, k, v):
+    def attend(q, k, v, window):
         def responses(t):
             return t[:, length:].reshape(prompts, samples, fed, *t.shape[2:])
 
         asked_q, asked_k, asked_v = (t[:, None, :length] for t in (q, k, v))
-        own = attention(asked_q, asked_k, asked_v, prompt_mask[:, None])
+        asked = (asked_q, asked_k, asked_v, prompt_mask[:, None])
+        own = _attention(decoder.config, *asked, window)
         prefix = Prefix(k[:, :length], v[:, :length], prompt_mask)
         q, k, v = (responses(t) for t in (q, k, v))
-        theirs = attention(q, k, v, fed_mask, prefix)
+        theirs = _attention(decoder.config, q, k, v, fed_mask, window, prefix)
         return jnp.concatenate([own[:, 0], theirs.reshape(prompts, samples * fed, -1)], axis=1)
 
     hidden, _ = _run_layers(

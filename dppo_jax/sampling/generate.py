@@ -6,6 +6,7 @@ log-probabilities, the entropy, an explicit mask, and why each sequence ended.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,17 +17,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.kernels.filters import Filters
 from dppo_jax.kernels.sampler import Drawn, sample
-from dppo_jax.models.attention import NEGATIVE
+from dppo_jax.models.attention import NEGATIVE, soft_capped
+from dppo_jax.models.block import Block
+from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import (
-    Block,
     Decoder,
     Model,
     Params,
-    Rope,
     full_forward,
     positions_of,
-    rotary_table,
+    rope_tables,
 )
+from dppo_jax.models.rope import Rope
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
 from dppo_jax.sharding import constrain
 
@@ -82,28 +84,39 @@ class LayerCache(NamedTuple):
 
 
 def _attend_cache(
+    config: DecoderConfig,
     q: Float[Array, "B H d"],
     cache: LayerCache,
     prompt_mask: Bool[Array, "P L"],
     column: Int[Array, ""],
+    window: int | None,
 ) -> Float[Array, "B Hd"]:
     """Softmax attention of one new token a sequence over its prompt and its response so far."""
     batch, heads, size = q.shape
     prompts, groups = cache.prompt_k.shape[:2]
     samples, rep = batch // prompts, heads // groups
-    q = (q * size**-0.5).reshape(prompts, samples, groups, rep, size)
+    q = (q * config.attention_scale).reshape(prompts, samples, groups, rep, size)
     shared = q.transpose(0, 2, 1, 3, 4).reshape(prompts, groups, samples * rep, size)
     to_prompt = jnp.einsum(
         "pkmd,pkld->pkml", shared, cache.prompt_k, preferred_element_type=jnp.float32
     )
-    to_prompt = jnp.where(prompt_mask[:, None, None, :], to_prompt, NEGATIVE)
+    to_prompt = soft_capped(to_prompt, config.attention_soft_cap)
+    seen = prompt_mask[:, None, None, :]
+    if window is not None:
+        length = prompt_mask.shape[1]
+        seen &= length + column - jnp.arange(length) < window
+    to_prompt = jnp.where(seen, to_prompt, NEGATIVE)
     to_prompt = to_prompt.reshape(prompts, groups, samples, rep, -1).transpose(0, 2, 1, 3, 4)
     to_prompt = to_prompt.reshape(batch, groups, rep, -1)
     own = q.reshape(batch, groups, rep, size)
     to_response = jnp.einsum(
         "bkrd,bktd->bkrt", own, cache.response_k, preferred_element_type=jnp.float32
     )
-    seen = jnp.arange(cache.response_k.shape[2]) <= column
+    to_response = soft_capped(to_response, config.attention_soft_cap)
+    columns = jnp.arange(cache.response_k.shape[2])
+    seen = columns <= column
+    if window is not None:
+        seen &= column - columns < window
     to_response = jnp.where(seen, to_response, NEGATIVE)
     length = to_prompt.shape[-1]
     weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_response], axis=-1), axis=-1)
@@ -152,19 +165,20 @@ def _decode(
     tokens: Int[Array, " B"],
     column: Int[Array, ""],
     prompt_mask: Bool[Array, "P L"],
-    rope: Rope,
+    ropes: Sequence[Rope],
 ):
     """Runs the tokens of one response column through every layer: their hidden state [B, D]."""
+    c = decoder.config
     x = constrain(decoder.embed(tokens), "batch", None)
     new_caches = []
-    for block, cache in zip(blocks, caches, strict=True):
-        q, k, v = block.queries_keys_values(x, rope)
+    for block, cache, window in zip(blocks, caches, c.windows, strict=True):
+        q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
         update = jax.lax.dynamic_update_slice_in_dim
         cache = cache._replace(
             response_k=update(cache.response_k, k[:, :, None], column, axis=2),
             response_v=update(cache.response_v, v[:, :, None], column, axis=2),
         )
-        x = block.finish(x, _attend_cache(q, cache, prompt_mask, column))
+        x = block.finish(x, _attend_cache(c, q, cache, prompt_mask, column, window))
         new_caches.append(cache)
     return decoder.normed(x), new_caches
 
@@ -199,8 +213,7 @@ def generate(
     samples, length = settings.samples_per_prompt, settings.max_new_tokens
     hidden, caches = _prefill(decoder, prompts, samples)
     prompt_lengths = jnp.repeat(positions_of(prompts.mask)[:, -1] + 1, samples)
-    c = model.config
-    cos, sin = rotary_table(prompts.tokens.shape[1] + length, c.head_size, c.rope_theta)
+    tables = rope_tables(model.config, prompts.tokens.shape[1] + length)
     batch, end_ids = len(prompt_lengths), jnp.asarray(settings.end_ids, jnp.int32)
 
     def draw_column(hidden, progress: _Progress) -> _Progress:
@@ -212,6 +225,7 @@ def generate(
             temperature=settings.temperature,
             top_k_capture=settings.top_k_capture,
             filters=settings.filters,
+            soft_cap=model.config.final_soft_cap,
         )
         drawn = jax.tree.map(
             lambda leaf: jnp.where(active.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0), drawn
@@ -229,7 +243,7 @@ def generate(
             progress.record.token[column],
             column,
             prompts.mask,
-            (cos[prompt_lengths + column], sin[prompt_lengths + column]),
+            [(cos[prompt_lengths + column], sin[prompt_lengths + column]) for cos, sin in tables],
         )
         return draw_column(hidden, progress._replace(caches=caches))
 

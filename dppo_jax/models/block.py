@@ -1,0 +1,113 @@
+"""One layer of the decoder, on flat activations; whoever calls it does the attention."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dppo_jax.models.config import DecoderConfig
+from dppo_jax.models.rope import Rope, rotate
+from dppo_jax.sharding import constrain
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, axes: tuple[str | None, ...]):
+    """A normal-initialised parameter; `axes` name its dimensions for the sharding rules."""
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def constant(value: float, size: int, axis: str | None):
+    return nnx.Param(jnp.full((size,), value, jnp.float32), axes=(axis,))
+
+
+def norm_scale(config: DecoderConfig, size: int):
+    """The weight of a norm that changes nothing yet."""
+    return constant(0.0 if config.unit_offset_norms else 1.0, size, None)
+
+
+def gathered(param: nnx.Param) -> Array:
+    """A parameter for use: whole along `embed`, which only its storage splits (FSDP)."""
+    axes = (None if axis == "embed" else axis for axis in param.axes)
+    return constrain(param[...], *axes)
+
+
+def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float):
+    """x / rms(x) · scale, statistics in float32 (Zhang & Sennrich, arXiv 1910.07467)."""
+    wide = x.astype(jnp.float32)
+    normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normal * scale).astype(x.dtype)
+
+
+def normed(config: DecoderConfig, x: Float[Array, "*N D"], weight: nnx.Param):
+    """`rms_norm` with the weight as the configuration means it: w, or 1 + w."""
+    scale = 1.0 + weight[...] if config.unit_offset_norms else weight[...]
+    return rms_norm(x, scale, config.norm_eps)
+
+
+class Block(nnx.Module):
+    """One layer, on flat activations [tokens, width]."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        c = config
+        into, out = c.width**-0.5, (2 * c.layers) ** -0.5
+        queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
+        self.config = config
+        self.attention_norm = norm_scale(c, c.width)
+        self.q = parameter(rngs, (c.width, queries), into, ("embed", "heads"))
+        self.k = parameter(rngs, (c.width, keys), into, ("embed", "kv_heads"))
+        self.v = parameter(rngs, (c.width, keys), into, ("embed", "kv_heads"))
+        self.o = parameter(rngs, (queries, c.width), queries**-0.5 * out, ("heads", "embed"))
+        self.mlp_norm = norm_scale(c, c.width)
+        self.gate = parameter(rngs, (c.width, c.mlp_width), into, ("embed", "mlp"))
+        self.up = parameter(rngs, (c.width, c.mlp_width), into, ("embed", "mlp"))
+        down = c.mlp_width**-0.5 * out
+        self.down = parameter(rngs, (c.mlp_width, c.width), down, ("mlp", "embed"))
+        if c.qkv_bias:
+            self.q_bias = constant(0.0, queries, "heads")
+            self.k_bias = constant(0.0, keys, "kv_heads")
+            self.v_bias = constant(0.0, keys, "kv_heads")
+        if c.qk_norm:
+            self.q_norm = norm_scale(c, c.head_size)
+            self.k_norm = norm_scale(c, c.head_size)
+        if c.post_norms:
+            self.post_attention_norm = norm_scale(c, c.width)
+            self.post_mlp_norm = norm_scale(c, c.width)
+
+    def queries_keys_values(self, x: Float[Array, "N D"], rope: Rope):
+        """q [N, heads, d], and k, v [N, kv_heads, d], rotated to their positions."""
+        c = self.config
+        y = normed(c, x, self.attention_norm)
+        q, k, v = (y @ gathered(w).astype(y.dtype) for w in (self.q, self.k, self.v))
+        if c.qkv_bias:
+            q, k, v = (
+                t + b[...].astype(t.dtype)
+                for t, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
+            )
+        q, k, v = (t.reshape(len(x), -1, c.head_size) for t in (q, k, v))
+        if c.qk_norm:
+            q, k = normed(c, q, self.q_norm), normed(c, k, self.k_norm)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def finish(self, x: Float[Array, "N D"], attended: Float[Array, "N HD"]):
+        """The residual stream after the attention's projection and the MLP."""
+        c = self.config
+        out = attended @ gathered(self.o).astype(x.dtype)
+        if c.post_norms:
+            out = normed(c, out, self.post_attention_norm)
+        x = x + out
+        out = self._mlp(normed(c, x, self.mlp_norm))
+        if c.post_norms:
+            out = normed(c, out, self.post_mlp_norm)
+        return x + out
+
+    def _mlp(self, y: Float[Array, "N D"]):
+        gate, up = (y @ gathered(w).astype(y.dtype) for w in (self.gate, self.up))
+        gate = ACTIVATIONS[self.config.activation](gate)
+        return (gate * up) @ gathered(self.down).astype(y.dtype)

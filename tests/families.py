@@ -1,0 +1,92 @@
+"""Tiny models of the supported families as transformers makes them: odd sizes, uneven weights."""
+
+import warnings
+
+import pytest
+
+SMALL = dict(
+    vocab_size=101,
+    hidden_size=48,
+    intermediate_size=76,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=10,  # heads x head_dim is not the width
+    rms_norm_eps=1e-5,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+YARN = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=16)
+PLAIN = dict(rope_type="default", rope_theta=1e4)
+GEMMA = dict(query_pre_attn_scalar=14, sliding_window=6, tie_word_embeddings=True)
+# name -> (transformers' configuration class, what it is given beside SMALL)
+FAMILIES = {
+    "llama2": ("LlamaConfig", dict(rope_parameters=PLAIN, num_key_value_heads=6, head_dim=8)),
+    "llama3": ("LlamaConfig", dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
+    "mistral": ("MistralConfig", dict(rope_parameters=PLAIN, sliding_window=5)),
+    "qwen2": (
+        "Qwen2Config",
+        dict(rope_parameters=PLAIN | dict(rope_theta=1e6), tie_word_embeddings=True, head_dim=8),
+    ),
+    "r1_distill_qwen": ("Qwen2Config", dict(rope_parameters=PLAIN, head_dim=8)),
+    "qwen3": ("Qwen3Config", dict(rope_parameters=YARN)),
+    "gemma2": (
+        "Gemma2Config",
+        GEMMA | dict(attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        GEMMA
+        | dict(
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+                sliding_attention=PLAIN,
+            ),
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    ),
+}
+
+
+def transformers_model(family):
+    """A float32 model with weights that leave nothing small, norms and biases included."""
+    pytest.importorskip("torch", reason="parity needs the extra `parity`: PyTorch, transformers")
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    import torch
+
+    kind, changes = FAMILIES[family]
+    gemma = kind.startswith("Gemma")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = getattr(transformers, kind)(**SMALL | changes)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name:
+                weight += 0.3 * noise + 2.0 * (gemma and name == "model.norm.weight")
+            elif weight.ndim == 1:
+                weight += 0.5 * noise
+            else:
+                # Embeddings that are tied and multiplied by √width would repeat their token.
+                size = 1.5 if "proj" in name else 0.25 if gemma else 3.0
+                weight.copy_(noise * size * weight.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def saved(model, folder, **options):
+    """The folder, written by transformers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, **options)
+    return folder
