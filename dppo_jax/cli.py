@@ -15,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dppo_jax import data_command
+
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 GIVEN = ("workdir", "console", "configuration")  # what `train` gets from here, not from a recipe
 
@@ -107,11 +109,15 @@ def _parser() -> argparse.ArgumentParser:
         verbs,
         "eval",
         _eval,
-        f"Held-out accuracy of a checkpoint; {gin}.",
-        "dppo eval configs/recipes/arithmetic_cpu.gin --checkpoint runs/RUN --json",
+        f"avg@k, pass@k and maj@k of a checkpoint on the recipe's evaluation sets; {gin}.",
+        "dppo eval configs/recipes/arithmetic_cpu.gin --checkpoint runs/RUN --json\n"
+        "         dppo eval configs/recipes/arithmetic_cpu.gin --regrade runs/RUN/answers.jsonl",
     )
     evaluate.add_argument("recipe", help="a .gin file")
-    evaluate.add_argument("--checkpoint", required=True, help="a run directory")
+    evaluate.add_argument("--checkpoint", help="a run directory")
+    evaluate.add_argument("--answers", help="file to keep the answers in (default: "
+                          "eval_answers.jsonl in the run directory)")  # fmt: skip
+    evaluate.add_argument("--regrade", nargs="+", metavar="FILE", help="answers to grade again")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     methods = verb(
@@ -145,24 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     data = verbs.add_parser("data", help="Data sets on disk.").add_subparsers(
         required=True, metavar="WHAT"
     )
-    prepare = verb(
-        data,
-        "prepare",
-        _data_prepare,
-        "Write a data set as TFDS array_record files: arithmetic, stories, gsm8k, math, math500, "
-        "dapo_math_17k, aime24, aime25, amc, sanity_math_1k5, or your own under a new name.",
-        "dppo data prepare gsm8k --from FOLDER\n"
-        "         dppo data prepare mine --jsonl q.jsonl --prompt-field q --answer-field a",
-    )
-    prepare.add_argument("name")
-    prepare.add_argument("--from", dest="source", help="file or folder (default: downloaded)")
-    prepare.add_argument("--jsonl", help="your own .jsonl, .json or .parquet file, or .gz, or a "
-                         "folder with train and test files")  # fmt: skip
-    prepare.add_argument("--split", help="of your own file (default: test or train, by its name)")
-    for field in ("prompt", "answer", "solution", "subject", "level"):
-        prepare.add_argument(f"--{field}-field", help="of your own rows; a.b leads into objects")
-    prepare.add_argument("--data-dir", default="runs/data", help="(default: runs/data)")
-    prepare.add_argument("--json", action="store_true", help="print one JSON object")
+    data_command.add_verbs(data, verb)
     return parser
 
 
@@ -170,6 +159,8 @@ def _train(options: argparse.Namespace) -> None:
     _start_jax()
     from dppo_jax.config import load_recipe, split_overrides
     from dppo_jax.console import Console, duration
+    from dppo_jax.eval_command import with_interval
+    from dppo_jax.evaluate import accuracies
     from dppo_jax.multihost import is_writer
     from dppo_jax.train import train
 
@@ -182,8 +173,11 @@ def _train(options: argparse.Namespace) -> None:
     console.table(
         f"{recipe.path.stem}: done",
         {
-            "held-out accuracy before": _with_interval(summary["before"]),
-            "held-out accuracy after": _with_interval(summary["after"]),
+            **{
+                f"{name} {when}": with_interval(each)
+                for when in ("before", "after")
+                for name, each in accuracies(summary[when]).items()
+            },
             "steps": str(summary["steps"]),
             "time": duration(summary["wall_seconds"]),
             "run directory": str(workdir),
@@ -259,38 +253,20 @@ def _ablate(options: argparse.Namespace) -> None:
         _fail(f"{failed} of {len(cells)} cells failed: see {workdir / 'table.md'}", EXIT_FAILED)
 
 
-def _with_interval(evaluation: dict) -> str:
-    low, high = evaluation["accuracy_low"], evaluation["accuracy_high"]
-    return f"{evaluation['accuracy']:.3f}  (95 % interval {low:.3f} to {high:.3f})"
-
-
 def _eval(options: argparse.Namespace) -> None:
     _start_jax()
     from dppo_jax.config import load_recipe, split_overrides
-    from dppo_jax.console import Console
-    from dppo_jax.evaluate import evaluate_checkpoint
+    from dppo_jax.eval_command import evaluate_run, grade_again
     from dppo_jax.train import train
 
     overrides, _ = split_overrides(options.overrides)
     recipe = load_recipe(options.recipe, train, overrides, GIVEN)
-    names = (
-        "model", "tokenizer", "dataset", "data_dir", "verifier", "sampling", "prompts_per_step",
-        "max_prompt_tokens", "too_long", "mesh", "eval_split", "eval_prompts", "seed",
-    )  # fmt: skip
-    result = evaluate_checkpoint(Path(options.checkpoint), **recipe.arguments(*names))
-    if options.json:
-        print(json.dumps(result.as_dict()))
+    if options.regrade:
+        grade_again(recipe, options)
+    elif options.checkpoint:
+        evaluate_run(recipe, options)
     else:
-        Console().table(
-            f"{options.checkpoint} on {recipe.path.stem}",
-            {
-                f"accuracy (avg@{result.k})": _with_interval(result.as_dict()),
-                f"pass@{result.k}": f"{result.pass_at_k:.3f}",
-                "prompts": str(result.prompts),
-                "response length": f"{result.response_length:.1f} tokens",
-                "ended themselves": f"{result.finished:.3f}",
-            },
-        )
+        raise ValueError("give --checkpoint RUN to sample, or --regrade FILE to grade again")
 
 
 def _methods(options: argparse.Namespace) -> None:
@@ -320,36 +296,6 @@ def _bench_step(options: argparse.Namespace) -> None:
     }
     result = bench_step(**shape)
     print(json.dumps(result)) if options.json else show_step(result)
-
-
-def _data_prepare(options: argparse.Namespace) -> None:
-    from dppo_jax.prompts.fields import Fields
-    from dppo_jax.prompts.store import prepare, prepare_own
-
-    own = {name: getattr(options, f"{name}_field") for name in
-           ("prompt", "answer", "solution", "subject", "level")}  # fmt: skip
-    if options.jsonl is None:
-        if any(own.values()) or options.split:
-            raise ValueError("--split and --...-field describe your own rows: give --jsonl FILE")
-        done = prepare(options.name, options.data_dir, options.source)
-    else:
-        if options.source or not (own["prompt"] and own["answer"]):
-            raise ValueError("--jsonl FILE needs --prompt-field and --answer-field, and no --from")
-        fields = Fields(
-            (own["prompt"],),
-            (own["answer"],),
-            own["solution"] or "",
-            *((own[name],) if own[name] else () for name in ("subject", "level")),
-        )
-        done = prepare_own(options.name, options.data_dir, options.jsonl, fields, options.split)
-    if options.json:
-        print(json.dumps(done._asdict() | {"path": str(done.path)}))
-        return
-    sizes = ", ".join(f"{split} {count}" for split, count in done.splits.items())
-    print(f"{done.path}: {sizes}" + (" (already there)" if done.reused else ""))
-    for split, reasons in done.dropped.items():
-        left_out = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        print(f"left out of {split}: {left_out}")
 
 
 def _start_jax() -> None:

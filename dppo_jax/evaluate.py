@@ -1,40 +1,42 @@
-"""Sampling with rewards, as training does it, and accuracy over a held-out set."""
+"""Sampling with rewards, as training does it, and evaluation over named sets of problems."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
+from dppo_jax.answers import Answered, Answers, by_problem, evaluation_of, read_answers, regrade
 from dppo_jax.checkpoint import load_params
+from dppo_jax.evaluation_scores import Evaluation
+from dppo_jax.metrics import JsonLines
 from dppo_jax.models.decoder import DecoderConfig, Model, Params
-from dppo_jax.multihost import gather_rows, to_global_rows, to_local_rows
-from dppo_jax.prompts.examples import Example
+from dppo_jax.multihost import to_global_rows, to_local_rows
+from dppo_jax.prompts.examples import Example, PromptFileError
+from dppo_jax.prompts.mixture import Dataset
 from dppo_jax.prompts.pipeline import PromptBatch, TooLong, evaluation_batches
 from dppo_jax.prompts.store import load
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import FINISH_STOP, Prompts, Rollout
-from dppo_jax.rewards.verdicts import Verdict, Verifier, grade
+from dppo_jax.rewards.verdicts import Verifier, grade
 from dppo_jax.sampling.generate import SamplingConfig, generate
-from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
+from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides, shardings_of
 
 
-class Answers(NamedTuple):
-    """This process's graded responses, on the host; row p*G + g answers prompt p."""
+@dataclass(frozen=True)
+class EvalSet:
+    """Problems to evaluate on. What is None is as in training."""
 
-    texts: list[str]
-    finished: list[bool]
-    lengths: np.ndarray  # [B] response tokens
-    verdicts: list[Verdict]
-
-    def rewards(self, samples_per_prompt: int) -> np.ndarray:
-        """The scores [P, G]."""
-        scores = np.array([verdict.score for verdict in self.verdicts], np.float32)
-        return scores.reshape(-1, samples_per_prompt)
+    dataset: str
+    split: str = "test"
+    prompts: int | None = None  # the first so many; all where None
+    sampling: SamplingConfig | None = None
+    verifier: Verifier | None = None
+    prompts_per_batch: int | None = None
+    name: str = ""  # in metrics and tables; the data set's where empty
 
 
 def sample(
@@ -71,79 +73,123 @@ def answers_of(
     return Answers(texts, finished, mask.sum(axis=1), grade(verifier, each, texts, finished))
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracy over a set of prompts, k samples each."""
+class Evaluated(NamedTuple):
+    """Each set's numbers, over all processes, and this process's answers."""
 
-    accuracy: float  # avg@k: the mean score of all samples
-    accuracy_low: float  # 95 % bootstrap interval over prompts
-    accuracy_high: float
-    pass_at_k: float  # share of prompts that some sample solves (score > 0.5)
-    k: int
-    prompts: int
-    response_length: float  # tokens
-    finished: float  # share of responses that ended themselves
+    sets: dict[str, Evaluation]
+    answers: list[Answered]
 
-    def as_dict(self) -> dict[str, float | int]:
-        return dataclasses.asdict(self)
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        return {name: each.as_dict() for name, each in self.sets.items()}
 
+    def as_metrics(self) -> dict[str, float]:
+        return {
+            name: value
+            for each in self.sets
+            for name, value in self.sets[each].as_metrics(each).items()
+        }
 
-def bootstrap_interval(scores: np.ndarray, *, resamples: int = 1000, seed: int = 0):
-    """95 % percentile interval of the mean of `scores` [prompts], resampling prompts."""
-    rng = np.random.default_rng(seed)
-    means = rng.choice(scores, (resamples, len(scores))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    def write(self, log: JsonLines, step: int) -> None:
+        """A line for each problem, with the number of training steps done before."""
+        for row in self.answers:
+            log.write(step=step, **row.as_dict())
 
 
-def evaluate(
-    model: Model,
-    params: Params,
-    source: Sequence[Example],
-    key: jax.Array,
-    *,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    verifier: Verifier,
-    settings: SamplingConfig,
-    prompts_per_batch: int,
-    max_prompt_tokens: int,
-    too_long: TooLong = "error",
-) -> Evaluation:
-    """Samples `settings.samples_per_prompt` answers to every prompt of `source` and grades them."""
-    scores, lengths, finished = [], [], []
-    batches = evaluation_batches(
-        source,
-        tokenizer,
-        prompts_per_step=prompts_per_batch,
-        max_prompt_tokens=max_prompt_tokens,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        too_long=too_long,
-    )
-    for index, batch in enumerate(batches):
-        rollout = sample(
-            model, params, batch, jax.random.fold_in(key, index), mesh=mesh, settings=settings
-        )
-        answers = answers_of(
-            rollout, batch.examples, mesh=mesh, tokenizer=tokenizer, verifier=verifier
-        )
-        samples = settings.samples_per_prompt
-        scores.append(answers.rewards(samples)[batch.valid])
-        lengths.append(answers.lengths.reshape(-1, samples)[batch.valid])
-        finished.append(np.reshape(answers.finished, (-1, samples))[batch.valid])
-    by_prompt, length, ended = (gather_rows(np.concatenate(x)) for x in (scores, lengths, finished))
-    low, high = bootstrap_interval(by_prompt.mean(axis=1))
-    return Evaluation(
-        accuracy=float(by_prompt.mean()),
-        accuracy_low=low,
-        accuracy_high=high,
-        pass_at_k=float((by_prompt > 0.5).any(axis=1).mean()),
-        k=settings.samples_per_prompt,
-        prompts=len(by_prompt),
-        response_length=float(length.mean()),
-        finished=float(ended.mean()),
-    )
+def open_answers(directory: Path, keep_before: int) -> JsonLines:
+    """The run's `answers.jsonl`, `answers-1.jsonl`, ...: each process keeps its own answers."""
+    process = jax.process_index()
+    name = f"answers-{process}.jsonl" if process else "answers.jsonl"
+    return JsonLines(directory / name, resume_at=keep_before)
+
+
+class Evaluator:
+    """Sampling and grading of evaluation sets, the same problems and keys each time.
+
+    `prompts_per_batch` is for sets that bind none.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sets: Sequence[EvalSet],
+        *,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        verifier: Verifier,
+        sampling: SamplingConfig,
+        data_dir: str,
+        prompts_per_batch: int,
+        max_prompt_tokens: int,
+        too_long: TooLong,
+        seed: int,
+    ):
+        self._model, self._mesh, self._tokenizer, self._seed = model, mesh, tokenizer, seed
+        self._max_prompt_tokens, self._too_long = max_prompt_tokens, too_long
+        self._sets: dict[str, EvalSet] = {}
+        self.held_out: dict[str, list[Example]] = {}
+        for each in sets:
+            name = each.name or each.dataset
+            if name in self._sets:
+                raise ValueError(f"two evaluation sets are called {name!r}: bind EvalSet.name")
+            settings = dataclasses.replace(each.sampling or sampling, end_ids=(tokenizer.end_id,))
+            settings.check(model.config.vocab_size)
+            batch = each.prompts_per_batch or prompts_per_batch
+            check_divides(mesh, ("data", "fsdp"), {f"prompts_per_batch of {name}": batch})
+            self._sets[name] = dataclasses.replace(
+                each,
+                sampling=settings,
+                verifier=each.verifier or verifier,
+                prompts_per_batch=batch,
+            )
+            self.held_out[name] = _first(each, data_dir)
+
+    def __call__(self, params: Params) -> Evaluated:
+        """Answers to every problem of every set, graded."""
+        done = Evaluated({}, [])
+        for index, (name, each) in enumerate(self._sets.items()):
+            assert each.sampling and each.verifier and each.prompts_per_batch
+            key = jax.random.fold_in(jax.random.key(self._seed), 2**31 - 1 - index)
+            batches = evaluation_batches(
+                self.held_out[name],
+                self._tokenizer,
+                prompts_per_step=each.prompts_per_batch,
+                max_prompt_tokens=self._max_prompt_tokens,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                too_long=self._too_long,
+            )
+            answered: list[Answered] = []
+            for number, batch in enumerate(batches):
+                rollout = sample(
+                    self._model,
+                    params,
+                    batch,
+                    jax.random.fold_in(key, number),
+                    mesh=self._mesh,
+                    settings=each.sampling,
+                )
+                answers = answers_of(
+                    rollout,
+                    batch.examples,
+                    mesh=self._mesh,
+                    tokenizer=self._tokenizer,
+                    verifier=each.verifier,
+                )
+                answered += by_problem(name, batch.examples, batch.valid, answers)
+            k = each.sampling.samples_per_prompt
+            done.sets[name] = evaluation_of(answered, k, self.held_out[name])
+            done.answers.extend(answered)
+        return done
+
+
+def eval_sets_or_default(
+    sets: Sequence[EvalSet] | None, dataset: Dataset, split: str, prompts: int | None
+) -> Sequence[EvalSet]:
+    """The sets that a recipe binds, else the training set's own split, or that of each."""
+    if sets is not None:
+        return sets
+    names = [dataset] if isinstance(dataset, str) else list(dataset)
+    return [EvalSet(name, split, prompts) for name in names]
 
 
 def evaluate_checkpoint(
@@ -151,7 +197,7 @@ def evaluate_checkpoint(
     *,
     model: DecoderConfig,
     tokenizer: Tokenizer,
-    dataset: str,
+    dataset: Dataset,
     data_dir: str,
     verifier: Verifier,
     sampling: SamplingConfig,
@@ -161,12 +207,26 @@ def evaluate_checkpoint(
     mesh: MeshConfig,
     eval_split: str,
     eval_prompts: int | None,
+    eval_sets: Sequence[EvalSet] | None,
     seed: int,
-) -> Evaluation:
-    """`evaluate` on a run's newest checkpoint; the arguments are those of `train`."""
+) -> Evaluated:
+    """Evaluates a run's newest checkpoint; the arguments are those of `train`."""
     network, devices = Model(model), mesh.build()
-    settings = dataclasses.replace(sampling, end_ids=(tokenizer.end_id,))
-    settings.check(model.vocab_size)
+    evaluator = Evaluator(
+        network,
+        eval_sets_or_default(eval_sets, dataset, eval_split, eval_prompts),
+        mesh=devices,
+        tokenizer=tokenizer,
+        verifier=verifier,
+        sampling=sampling,
+        data_dir=data_dir,
+        prompts_per_batch=prompts_per_step,
+        max_prompt_tokens=max_prompt_tokens,
+        too_long=too_long,
+        seed=seed,
+    )
+    if not evaluator.held_out:
+        raise ValueError("the recipe has no evaluation set: bind train.train.eval_sets")
     like = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         network.abstract_params,
@@ -174,27 +234,73 @@ def evaluate_checkpoint(
     )
     params = load_params(directory, like)
     with jax.set_mesh(devices):
-        return evaluate(
-            network,
-            params,
-            held_out_set(dataset, data_dir, eval_split, eval_prompts),
-            evaluation_key(seed),
-            mesh=devices,
-            tokenizer=tokenizer,
-            verifier=verifier,
-            settings=settings,
-            prompts_per_batch=prompts_per_step,
-            max_prompt_tokens=max_prompt_tokens,
-            too_long=too_long,
+        return evaluator(params)
+
+
+def accuracies(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What to call each set's accuracy, of `Evaluated.as_dict()`: one set needs no name."""
+    return {
+        "held-out accuracy" if len(sets) == 1 else f"{name} avg@{each['k']}": each
+        for name, each in sets.items()
+    }
+
+
+def first_accuracy(sets: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The accuracy of the first set, which a run's summary leads with; None without a set."""
+    return next((each["accuracy"] for each in sets.values()), None)
+
+
+class Regraded(NamedTuple):
+    """One set at one step, graded again."""
+
+    step: int
+    set: str
+    evaluation: Evaluation
+    changed: int  # answers whose score is another now
+
+    def as_dict(self) -> dict[str, Any]:
+        place = {"step": self.step, "set": self.set, "changed": self.changed}
+        return place | self.evaluation.as_dict()
+
+
+def regrade_files(
+    paths: Sequence[Path], *, verifier: Verifier, eval_sets: Sequence[EvalSet] | None
+) -> tuple[list[Regraded], list[tuple[int, Answered]]]:
+    """Answers files under the verifiers of a recipe, without sampling: numbers, and new rows."""
+    verifiers = {each.name or each.dataset: each.verifier for each in eval_sets or ()}
+    groups: dict[tuple[int, str], list[Answered]] = {}
+    changed: dict[tuple[int, str], int] = {}
+    for step, old in read_answers(paths):
+        new = regrade(old, verifiers.get(old.set) or verifier)
+        group = (step, old.set)
+        groups.setdefault(group, []).append(new)
+        changed[group] = changed.get(group, 0) + sum(
+            a.score != b.score for a, b in zip(old.verdicts, new.verdicts, strict=True)
         )
+    results = []
+    for (step, name), rows in groups.items():
+        counts = {len(row.responses) for row in rows}
+        if len(counts) > 1:
+            raise ValueError(
+                f"{name} at step {step} has {min(counts)} answers to some problems and"
+                f" {max(counts)} to others: give the files of one evaluation"
+            )
+        evaluation = evaluation_of(rows, counts.pop(), [row.example for row in rows])
+        results.append(Regraded(step, name, evaluation, changed[step, name]))
+    return results, [(step, row) for (step, _), rows in groups.items() for row in rows]
 
 
-def held_out_set(dataset: str, data_dir: str, split: str, prompts: int | None) -> list[Example]:
-    """The first `prompts` examples of a split, all of them where None."""
-    source = load(dataset, data_dir, split)
-    return [source[i] for i in range(min(len(source), prompts or len(source)))]
-
-
-def evaluation_key(seed: int) -> jax.Array:
-    """The key that a run of this seed evaluates with, the same each time."""
-    return jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
+def _first(each: EvalSet, data_dir: str) -> list[Example]:
+    """The first `prompts` examples of the set's split, all of them where None."""
+    try:
+        source = load(each.dataset, data_dir, each.split)
+    except PromptFileError as error:
+        if "no split" in str(error):
+            hint = "bind train.train.eval_sets to what there is, or to () for no evaluation"
+            raise PromptFileError(f"{error}; {hint}") from error
+        raise
+    if each.prompts is not None and each.prompts < 1:
+        raise ValueError(
+            f"{each.prompts} prompts of {each.dataset}: an evaluation needs at least 1"
+        )
+    return [source[i] for i in range(min(len(source), each.prompts or len(source)))]

@@ -25,10 +25,14 @@ def to_local_rows(arrays: Any, sharding: NamedSharding) -> Any:
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:
-    """Every process's host rows, in the order of the processes; all must have as many."""
+    """Every process's host rows, in the order of the processes; each may have another number."""
     if jax.process_count() == 1:
         return rows
-    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+    counts = np.asarray(multihost_utils.process_allgather(np.array(len(rows))))
+    padded = np.zeros((int(counts.max()), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    every = np.asarray(multihost_utils.process_allgather(padded))
+    return np.concatenate([part[:count] for part, count in zip(every, counts, strict=True)])
 
 
 def is_writer() -> bool:

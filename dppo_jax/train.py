@@ -17,22 +17,26 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from dppo_jax.advantages import group_mean_baseline
+from dppo_jax.answers import log_samples
 from dppo_jax.checkpoint import Checkpoints, newest_step
 from dppo_jax.console import Console
 from dppo_jax.evaluate import (
-    Evaluation,
+    EvalSet,
+    Evaluator,
+    accuracies,
     answers_of,
-    evaluate,
-    evaluation_key,
-    held_out_set,
+    eval_sets_or_default,
+    first_accuracy,
+    open_answers,
     sample,
 )
 from dppo_jax.initial_policy import InitialContext, InitialPolicy
 from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
 from dppo_jax.models.decoder import DecoderConfig, Model
 from dppo_jax.multihost import is_writer, to_global_rows
+from dppo_jax.prompts import overlap as overlaps
+from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
 from dppo_jax.prompts.pipeline import PromptIterator, TooLong
-from dppo_jax.prompts.store import load
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Batch, Metrics, Objective, Rollout
 from dppo_jax.rewards.verdicts import Verifier
@@ -50,7 +54,7 @@ def train(
     model: DecoderConfig,
     tokenizer: Tokenizer,
     initial_policy: InitialPolicy,
-    dataset: str,
+    dataset: Dataset,
     data_dir: str,
     verifier: Verifier,
     sampling: SamplingConfig,
@@ -60,6 +64,8 @@ def train(
     prompts_per_step: int,
     max_prompt_tokens: int,
     too_long: TooLong = "error",
+    curriculum: Curriculum | None = None,
+    overlap: overlaps.Policy = "warn",
     minibatches: int = 1,
     microbatches: int = 1,
     advantage: Callable[[jax.Array], jax.Array] = group_mean_baseline,
@@ -68,6 +74,7 @@ def train(
     eval_split: str = "test",
     eval_every: int = 0,
     eval_prompts: int | None = None,
+    eval_sets: Sequence[EvalSet] | None = None,
     checkpoint_every: int = 0,
     samples_logged: int = 2,
     seed: int = 0,
@@ -78,8 +85,9 @@ def train(
 
     A step samples `sampling.samples_per_prompt` responses to each of `prompts_per_step` prompts and
     takes `minibatches` gradient steps over them, each accumulated over `microbatches`. A `workdir`
-    that holds a run is resumed at its newest checkpoint. Evaluation over `eval_prompts` held-out
-    prompts (all of them where None) happens before, every `eval_every` steps (0: never) and after.
+    that holds a run is resumed at its newest checkpoint. Evaluation over `eval_sets` (where None:
+    the first `eval_prompts` of the data set's `eval_split`) happens before, every `eval_every`
+    steps (0: never) and after. Problems that they share with training are told, or refused.
     Raises ValueError with one line where the configuration contradicts itself, and then leaves no
     `workdir` behind. `configuration` is what the run was asked for, as texts by file name; they
     are written beside the first checkpoint.
@@ -97,8 +105,22 @@ def train(
     if steps < 1:
         raise ValueError(f"steps={steps}: a run takes at least 1")
 
-    source = load(dataset, data_dir, "train")
-    held_out = held_out_set(dataset, data_dir, eval_split, eval_prompts)
+    source = load_train(dataset, data_dir)
+    evaluate = Evaluator(
+        network,
+        eval_sets_or_default(eval_sets, dataset, eval_split, eval_prompts),
+        mesh=devices,
+        tokenizer=tokenizer,
+        verifier=verifier,
+        sampling=sampling,
+        data_dir=data_dir,
+        prompts_per_batch=prompts_per_step,
+        max_prompt_tokens=max_prompt_tokens,
+        too_long=too_long,
+        seed=seed,
+    )
+    for line in overlaps.check_overlap(source, evaluate.held_out, overlap):
+        console.say(f"warning: {line}")
     prompts = PromptIterator(
         source,
         tokenizer,
@@ -108,6 +130,7 @@ def train(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         too_long=too_long,
+        curriculum=curriculum,
     )
     key = jax.random.key(seed)
     initial_key, sampling_key = jax.random.split(key)
@@ -118,21 +141,6 @@ def train(
     score_old = jax.jit(
         lambda params, rollout: score(network, params, rollout, temperature=sampling.temperature)
     )
-
-    def accuracy(params) -> Evaluation:
-        return evaluate(
-            network,
-            params,
-            held_out,
-            evaluation_key(seed),
-            mesh=devices,
-            tokenizer=tokenizer,
-            verifier=verifier,
-            settings=sampling,
-            prompts_per_batch=prompts_per_step,
-            max_prompt_tokens=max_prompt_tokens,
-            too_long=too_long,
-        )
 
     # ---- restart order: the run's own newest checkpoint, else the initial policy -------------
     done = newest_step(directory)
@@ -162,15 +170,19 @@ def train(
             params = initial_policy(context)
             remembered = rollout_policy.init(params)
             state = init_state(params, optimizer, objective.initial_state, remembered)
-            before = accuracy(state.params)
-            console.say(f"initial policy: held-out accuracy {before.accuracy:.3f}")
+            evaluated = evaluate(state.params)
+            before = evaluated.as_dict()
+            for name, each in accuracies(before).items():
+                console.say(f"initial policy: {name} {each['accuracy']:.3f}")
             position: dict[str, Any] = {
                 "prompts": prompts.get_state(),
-                "before": before.as_dict(),
+                "before": before,
                 "seconds": time.monotonic() - started,
             }
             seconds_before = 0.0
             _write_files(directory, configuration or {})
+            kept = open_answers(directory, 0)
+            evaluated.write(kept, 0)
             checkpoints = Checkpoints(directory / "checkpoints")
             checkpoints.save(0, state, key, position)
         else:
@@ -181,9 +193,10 @@ def train(
             checkpoints = Checkpoints(directory / "checkpoints")
             state, _, position = checkpoints.restore(done, like, key)
             prompts.set_state(position["prompts"])
-            before = Evaluation(**position["before"])
+            before = position["before"]
             seconds_before = position["seconds"]
             _write_files(directory, configuration or {})
+            kept = open_answers(directory, min(done + 1, steps))
             console.say(f"resuming {directory} after step {done} of {steps}")
         log, samples = (
             JsonLines(directory / name, resume_at=done, quiet=not is_writer())
@@ -198,14 +211,7 @@ def train(
             step_key = jax.random.fold_in(sampling_key, step)
             mu, memory = choose(state.rollout_memory, state.params, step, step_key)
             state = dataclasses.replace(state, rollout_memory=memory)
-            rollout = sample(
-                network,
-                mu,
-                problems,
-                step_key,
-                mesh=devices,
-                settings=sampling,
-            )
+            rollout = sample(network, mu, problems, step_key, mesh=devices, settings=sampling)
             jax.block_until_ready(rollout)
             clock.lap("sampling")
 
@@ -239,6 +245,7 @@ def train(
                 "response/finished": float(np.mean(answers.finished)),
                 "response/tokens": tokens,
                 "prompts/epoch": prompts.epoch,
+                **{f"prompts/epoch/{name}": n for name, n in prompts.epochs.items() if name},
                 **clock.seconds,
                 "time/tokens_per_second": tokens / clock.seconds["time/step"],
                 "time/compilations": compilations.total - compiled,
@@ -246,18 +253,11 @@ def train(
             if step > done and numbers["time/compilations"]:
                 console.say(f"step {step + 1} recompiled: shapes or types changed since step 1")
             if eval_every and (step + 1) % eval_every == 0 and step + 1 < steps:
-                numbers["eval/accuracy"] = accuracy(state.params).accuracy
+                evaluated = evaluate(state.params)
+                evaluated.write(kept, step + 1)
+                numbers |= evaluated.as_metrics()
             log.write(step=step, **numbers)
-            for row in range(samples_logged):
-                verdict = answers.verdicts[row]
-                samples.write(
-                    step=step,
-                    prompt=problems.examples[row // sampling.samples_per_prompt].prompt,
-                    response=answers.texts[row],
-                    finished=answers.finished[row],
-                    score=verdict.score,
-                    reason=verdict.reason,
-                )
+            log_samples(samples, step, problems.examples, answers, samples_logged)
             _refuse_not_finite(numbers, step)
             console.step(
                 "step",
@@ -279,18 +279,19 @@ def train(
         console.finish_line()
 
         # ---- the result -----------------------------------------------------------------------
-        after = accuracy(state.params)
-    checkpoints.close()
-    log.close()
-    samples.close()
+        evaluated = evaluate(state.params)
+        evaluated.write(kept, steps)
+        after = evaluated.as_dict()
+    for file in (checkpoints, log, samples, kept):
+        file.close()
     summary = {
-        "accuracy_before": before.accuracy,
-        "accuracy_after": after.accuracy,
+        "accuracy_before": first_accuracy(before),
+        "accuracy_after": first_accuracy(after),
         "steps": steps,
         "wall_seconds": round(seconds_before + time.monotonic() - started, 1),
         "seed": seed,
-        "before": before.as_dict(),
-        "after": after.as_dict(),
+        "before": before,
+        "after": after,
         "jax": jax.__version__,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

@@ -53,6 +53,7 @@ def test_files_of_a_run(run):
         "operative_config.gin",
         "metrics.jsonl",
         "samples.jsonl",
+        "answers.jsonl",
         "summary.json",
         "checkpoints",
     }
@@ -63,7 +64,7 @@ def test_summary(run):
     summary = summary_of(run)
     assert summary["steps"] == STEPS and summary["wall_seconds"] > 0
     for when in ("before", "after"):
-        evaluation = summary[when]
+        evaluation = summary[when]["arithmetic"]
         assert summary[f"accuracy_{when}"] == evaluation["accuracy"]
         assert evaluation["accuracy_low"] <= evaluation["accuracy"] <= evaluation["accuracy_high"]
         assert evaluation["prompts"] == 12 and evaluation["k"] == 4
@@ -130,7 +131,7 @@ def test_the_operative_configuration_repeats_the_run(dppo, run, tmp_path):
 def test_eval_finds_the_accuracy_of_the_run(dppo, run, toy_recipe):
     done = dppo("eval", toy_recipe, "--checkpoint", run, "--json")
     assert done.status == 0 and not done.err
-    assert json.loads(done.out) == summary_of(run)["after"]
+    assert json.loads(done.out)["sets"] == summary_of(run)["after"]
     assert done.out.count("\n") == 1
 
 

@@ -1,0 +1,174 @@
+"""Sampled responses as text with the verifier's verdicts, in memory and in `answers.jsonl`."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dppo_jax.evaluation_scores import Evaluation, majority_score, summarise
+from dppo_jax.metrics import JsonLines
+from dppo_jax.multihost import gather_rows
+from dppo_jax.prompts.examples import Example
+from dppo_jax.prompts.rows import Row, read_rows
+from dppo_jax.rewards.verdicts import Verdict, Verifier, grade
+
+
+class Answers(NamedTuple):
+    """This process's graded responses, on the host; row p*G + g answers prompt p."""
+
+    texts: list[str]
+    finished: list[bool]
+    lengths: np.ndarray  # [B] response tokens
+    verdicts: list[Verdict]
+
+    def rewards(self, samples_per_prompt: int) -> np.ndarray:
+        """The scores [P, G]."""
+        scores = np.array([verdict.score for verdict in self.verdicts], np.float32)
+        return scores.reshape(-1, samples_per_prompt)
+
+
+def log_samples(
+    log: JsonLines, step: int, examples: Sequence[Example], answers: Answers, count: int
+) -> None:
+    """The first `count` answers of a training step, for people to read."""
+    samples = len(answers.texts) // len(examples)
+    for row in range(min(count, len(answers.texts))):
+        log.write(
+            step=step,
+            prompt=examples[row // samples].prompt,
+            response=answers.texts[row],
+            finished=answers.finished[row],
+            score=answers.verdicts[row].score,
+            reason=answers.verdicts[row].reason,
+        )
+
+
+class Answered(NamedTuple):
+    """One problem with all of its k answers: a line of `answers.jsonl`."""
+
+    set: str
+    example: Example
+    responses: list[str]
+    finished: list[bool]
+    lengths: list[int]
+    verdicts: list[Verdict]
+
+    def as_dict(self) -> dict[str, Any]:
+        answers = [
+            {"response": response, "finished": ended, "tokens": length, **verdict._asdict()}
+            for response, ended, length, verdict in zip(
+                self.responses, self.finished, self.lengths, self.verdicts, strict=True
+            )
+        ]
+        return {"set": self.set, "example": self.example._asdict(), "answers": answers}
+
+
+def by_problem(
+    name: str, examples: Sequence[Example], valid: Sequence[bool] | np.ndarray, answers: Answers
+) -> list[Answered]:
+    """A batch's answers, a row for each problem that is no filler."""
+    samples = len(answers.texts) // len(examples)
+    rows = []
+    for place, (example, real) in enumerate(zip(examples, valid, strict=True)):
+        own = slice(place * samples, (place + 1) * samples)
+        if real:
+            rows.append(
+                Answered(
+                    name,
+                    example,
+                    answers.texts[own],
+                    answers.finished[own],
+                    [int(length) for length in answers.lengths[own]],
+                    answers.verdicts[own],
+                )
+            )
+    return rows
+
+
+def evaluation_of(
+    answered: Sequence[Answered], k: int, everything: Iterable[Example]
+) -> Evaluation:
+    """The numbers of all processes' answers; `everything` is the whole set, for its labels."""
+    labels = sorted({label for e in everything for label in (e.level, e.subject)})
+    place = {label: number for number, label in enumerate(labels)}
+    rows = [
+        (
+            [verdict.score for verdict in row.verdicts],
+            majority_score(
+                [v.extracted for v in row.verdicts], [v.score for v in row.verdicts], row.finished
+            ),
+            row.lengths,
+            row.finished,
+            sum(verdict.error for verdict in row.verdicts),
+            place[row.example.level],
+            place[row.example.subject],
+        )
+        for row in answered
+    ]
+    shapes: list[tuple[type, tuple[int, ...]]] = [
+        (np.float64, (k,)), (np.float64, ()), (np.int64, (k,)), (np.bool_, (k,)), (np.int64, ()),
+        (np.int64, ()), (np.int64, ()),
+    ]  # fmt: skip
+    scores, majority, lengths, finished, errors, levels, subjects = (
+        gather_rows(np.array([row[i] for row in rows], kind).reshape(-1, *shape))
+        for i, (kind, shape) in enumerate(shapes)
+    )
+    return summarise(
+        scores=scores,
+        majority=majority,
+        lengths=lengths,
+        finished=finished,
+        errors=errors,
+        levels=[labels[i] for i in levels],
+        subjects=[labels[i] for i in subjects],
+    )
+
+
+def write_answers(path: Path, rows: Sequence[tuple[int, Answered]]) -> None:
+    """The file as a whole or not at all; `rows` go with their steps."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.new")
+    with unfinished.open("w") as file:
+        for step, row in rows:
+            file.write(json.dumps({"step": step, **row.as_dict()}) + "\n")
+    unfinished.replace(path)
+
+
+def read_answers(paths: Sequence[Path]) -> Iterator[tuple[int, Answered]]:
+    """Every problem of answers files, with the step that it was asked at."""
+    for path in paths:
+        for row in read_rows(path):
+            yield _parse(row)
+
+
+def regrade(row: Answered, verifier: Verifier) -> Answered:
+    """The same answers with the verdicts of `verifier`."""
+    examples = [row.example] * len(row.responses)
+    return row._replace(verdicts=grade(verifier, examples, row.responses, row.finished))
+
+
+def _parse(row: Row) -> tuple[int, Answered]:
+    try:
+        fields = row.fields
+        example = Example(**fields["example"])
+        if any(not isinstance(value, str) for value in example):
+            raise TypeError("the example's fields must be strings")
+        answers = fields["answers"]
+        verdicts = [Verdict(float(a["score"]), *(a[f] for f in Verdict._fields[1:]))
+                    for a in answers]  # fmt: skip
+        responses, finished = (
+            [a["response"] for a in answers],
+            [bool(a["finished"]) for a in answers],
+        )
+        if not answers or any(not isinstance(text, str) for text in responses):
+            raise TypeError("answers must be a list of objects with a response each")
+        lengths = [int(a["tokens"]) for a in answers]
+        answered = Answered(str(fields["set"]), example, responses, finished, lengths, verdicts)
+        return int(fields["step"]), answered
+    except (KeyError, TypeError, ValueError) as error:
+        raise row.error(
+            f"not a line of an answers file ({type(error).__name__}: {error}); a run writes them as"
+            " answers.jsonl"
+        ) from error
