@@ -114,10 +114,14 @@ def _parser() -> argparse.ArgumentParser:
         "         dppo eval configs/recipes/arithmetic_cpu.gin --regrade runs/RUN/answers.jsonl",
     )
     evaluate.add_argument("recipe", help="a .gin file")
-    evaluate.add_argument("--checkpoint", help="a run directory")
-    evaluate.add_argument("--answers", help="file to keep the answers in (default: "
-                          "eval_answers.jsonl in the run directory)")  # fmt: skip
-    evaluate.add_argument("--regrade", nargs="+", metavar="FILE", help="answers to grade again")
+    answers = evaluate.add_mutually_exclusive_group(required=True)
+    answers.add_argument("--checkpoint", help="a run directory, to sample answers from")
+    answers.add_argument("--regrade", nargs="+", metavar="FILE", help="answers to grade again")
+    evaluate.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="where the answers are kept (default: eval_answers.jsonl in the run directory)",
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     methods = verb(
@@ -263,10 +267,8 @@ def _eval(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, train, overrides, GIVEN)
     if options.regrade:
         grade_again(recipe, options)
-    elif options.checkpoint:
-        evaluate_run(recipe, options)
     else:
-        raise ValueError("give --checkpoint RUN to sample, or --regrade FILE to grade again")
+        evaluate_run(recipe, options)
 
 
 def _methods(options: argparse.Namespace) -> None:

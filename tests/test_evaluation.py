@@ -246,4 +246,4 @@ def test_evaluation_of_nothing(dppo, toy_recipe, tmp_path):
     done = dppo("eval", toy_recipe, *flags)
     assert done.status == 2 and "no evaluation set: bind train.train.eval_sets" in done.err
     done = dppo("eval", toy_recipe)
-    assert done.status == 2 and "--checkpoint RUN to sample, or --regrade FILE" in done.err
+    assert done.status == 2 and "one of the arguments --checkpoint --regrade" in done.err
