@@ -1,13 +1,18 @@
-"""What a verifier says about a response, and the loop that asks it about a batch."""
+"""What a verifier says about a response, and the function that asks it about a batch."""
 
+import functools
+import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 from dppo_jax.prompts.examples import Example
 
 logger = logging.getLogger(__name__)
+
+Failure = Literal["", "error", "timeout", "crash"]
 
 
 class Verdict(NamedTuple):
@@ -16,15 +21,87 @@ class Verdict(NamedTuple):
     score: float
     extracted: str | None  # the part of the response that was judged; None where there was none
     reason: str  # one line for a person who asks why
-    error: bool = False  # the verifier failed; the response was not judged
+    failure: Failure = ""  # how the verifier failed; the response was then not judged
+    parts: Mapping[str, float] = {}  # the scores that this one is made of, by name
+
+    @property
+    def error(self) -> bool:
+        """Whether the verifier failed."""
+        return bool(self.failure)
 
 
-Verifier = Callable[[Example, str, bool], Verdict]
+Verifier = Callable[..., Verdict]
 """(example, response text without end token, finished) -> Verdict.
 
-`finished` says that the policy ended the response itself rather than running out of tokens.
-A verifier is a plain function of its arguments: it may run in any process, in any order.
+`finished` says that the policy ended the response itself rather than running out of tokens. A
+verifier with a parameter named `tokens` is also given the number of the response's tokens, as
+tokens=...; None where nobody counted. It is a plain function of its arguments: it may run in any
+process, in any order.
 """
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call of a verifier may use before its process is killed."""
+
+    seconds: float = 1.0  # of processor time
+    waiting_seconds: float = 10.0  # of wall time: a verifier that sleeps uses no processor
+    memory_mb: int = 2048  # of address space beyond what the worker holds at its start
+    processes: bool = False  # whether it may start processes of its own
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "waiting_seconds", "memory_mb"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Limits.{name}={getattr(self, name)} must be positive")
+
+
+def isolated(limits: Limits, warm_up: Callable[[], None] | None = None) -> Callable:
+    """Declares that a verifier must run in a worker process, under these limits.
+
+    For what may hang, crash or eat memory on some text: symbolic algebra, code. A comparison of
+    strings needs none and is faster without. A decorator; the verifier's `isolate` holds the
+    limits. `warm_up` is called once before workers are made, for imports that take long.
+    """
+
+    def declare(verifier: Any) -> Any:
+        verifier.isolate, verifier.warm_up = limits, warm_up
+        return verifier
+
+    return declare
+
+
+@dataclass(frozen=True)
+class in_worker:  # noqa: N801  a recipe reads it as a verb
+    """The verifier, run in a worker process whatever it declares; the limits are of `Limits`."""
+
+    verifier: Verifier
+    seconds: float = 1.0
+    waiting_seconds: float = 10.0
+    memory_mb: int = 2048
+    processes: bool = False
+    isolate: Limits = field(init=False)
+
+    def __post_init__(self) -> None:
+        limits = Limits(self.seconds, self.waiting_seconds, self.memory_mb, self.processes)
+        object.__setattr__(self, "isolate", limits)
+
+    @property
+    def warm_up(self) -> Callable[[], None] | None:
+        """That of the verifier inside."""
+        return declared(self.verifier, "warm_up")
+
+    def __call__(
+        self, example: Example, response: str, finished: bool, *, tokens: int | None = None
+    ) -> Verdict:
+        """The verifier's own verdict."""
+        return call(self.verifier, example, response, finished, tokens)
+
+
+def declared(verifier: Callable, name: Literal["isolate", "warm_up"]) -> Any:
+    """What a verifier, or the one inside of a partial, declares; None where nothing."""
+    while isinstance(verifier, functools.partial) and not hasattr(verifier, name):
+        verifier = verifier.func
+    return getattr(verifier, name, None)
 
 
 def grade(
@@ -32,26 +109,66 @@ def grade(
     examples: Sequence[Example],
     responses: Sequence[str],
     finished: Sequence[bool],
+    tokens: Sequence[int] | None = None,
 ) -> list[Verdict]:
-    """The verifier's verdict on every response, in order; the three sequences are parallel.
+    """The verifier's verdict on every response, in order; the sequences are parallel.
 
-    A verifier that raises, or returns anything but a Verdict with a finite score, must not end a
-    run of days: its verdict is score 0 with the reason and `error` set, so that
-    `sum(verdict.error for verdict in verdicts)` counts them. The first of a batch is logged with
-    its traceback.
+    A verifier that is declared `isolated` runs in the shared worker pool, any other right here. One
+    that raises, hangs or dies, or returns anything but a Verdict with a finite score, must not end
+    a run of days: its verdict is score 0 with the reason and `failure` set, so that
+    `sum(verdict.error for verdict in verdicts)` counts them. The first of a batch is logged.
     """
-    verdicts: list[Verdict] = []
-    logged = False
-    for example, response, ended in zip(examples, responses, finished, strict=True):
-        try:
-            verdicts.append(_checked(verifier(example, response, bool(ended))))
-        except Exception as error:  # a user's code: anything can come out of it
-            if not logged:
-                logger.warning("verifier failed on example %s", example.id, exc_info=True)
-                logged = True
-            reason = f"verifier failed: {type(error).__name__}: {error}"
-            verdicts.append(Verdict(0.0, None, reason, error=True))
+    if declared(verifier, "isolate") is not None:
+        from dppo_jax.rewards.pool import shared
+
+        verdicts = shared.grade(verifier, examples, responses, finished, tokens)
+    else:
+        counts: Sequence[int | None] = tokens if tokens is not None else [None] * len(responses)
+        rows = zip(examples, responses, finished, counts, strict=True)
+        verdicts = [judge(verifier, *row) for row in rows]
+    for example, verdict in zip(examples, verdicts, strict=True):
+        if verdict.failure:
+            logger.warning("verifier failed on example %s: %s", example.id, verdict.reason)
+            break
     return verdicts
+
+
+def judge(
+    verifier: Verifier, example: Example, response: str, finished: bool, tokens: int | None
+) -> Verdict:
+    """The verdict on one response; a failure where the verifier fails."""
+    try:
+        return _checked(call(verifier, example, response, bool(finished), tokens))
+    except MemoryError:
+        return failed("crash", "ran out of memory")
+    except (Exception, SystemExit) as error:  # a user's code: anything can come out of it
+        return failed("error", f"{type(error).__name__}: {error}")
+
+
+def call(
+    verifier: Verifier, example: Example, response: str, finished: bool, tokens: int | None
+) -> Any:
+    """What the verifier returns, given `tokens` if it takes them."""
+    if _takes_tokens(verifier):
+        return verifier(example, response, finished, tokens=tokens)
+    return verifier(example, response, finished)
+
+
+def failed(failure: Failure, why: str) -> Verdict:
+    """The verdict on a response that could not be judged."""
+    return Verdict(0.0, None, f"verifier failed: {' '.join(why.split())[:500]}", failure)
+
+
+def _takes_tokens(verifier: Verifier) -> bool:
+    try:
+        return _has_parameter_tokens(verifier)
+    except TypeError:  # a partial with a dictionary or list in it has no hash
+        return _has_parameter_tokens.__wrapped__(verifier)
+
+
+@functools.lru_cache(maxsize=64)
+def _has_parameter_tokens(verifier: Verifier) -> bool:
+    return "tokens" in inspect.signature(verifier).parameters
 
 
 def _checked(verdict: object) -> Verdict:
