@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from dppo_jax.kernels import tiles, tpu
 from dppo_jax.kernels.reference import reference
 from dppo_jax.kernels.sharded import Layout, sharded_head, sharded_loss_and_grad
 from dppo_jax.kernels.single_pass import RowLoss, TokenTerms, fused_loss_and_grad
@@ -27,14 +28,28 @@ class HeadOutput(NamedTuple):
 _Parts = tuple[Array, Array, Array, Array]
 
 
+class _Body(NamedTuple):
+    differentiable: Callable[[Array, Array, Array, Transform], _Parts]
+    statistics: Callable[[Array, Array, Array, Transform], tuple[Array, Array, Array]]
+
+
+def _reference_statistics(hidden, unembedding, ids, transform) -> tuple[Array, Array, Array]:
+    return reference(hidden, unembedding, ids, *transform)
+
+
 def _reference(hidden: Array, unembedding: Array, ids: Array, transform: Transform) -> _Parts:
     lse, logit_at, entropy = reference(hidden, unembedding, ids, *transform)
     return lse, logit_at[:, 0], logit_at[:, 1:], entropy
 
 
-_BODIES: dict[str, Callable[[Array, Array, Array, Transform], _Parts]] = {
-    "xla": xla,
-    "reference": _reference,
+def _xla_statistics(hidden, unembedding, ids, transform) -> tuple[Array, Array, Array]:
+    return forward(hidden, unembedding, ids, transform)[0]
+
+
+_BODIES = {
+    "xla": _Body(xla, _xla_statistics),
+    "pallas_tpu": _Body(tpu.pallas_tpu, tpu.forward),
+    "reference": _Body(_reference, _reference_statistics),
 }
 
 
@@ -66,7 +81,9 @@ def head(
       soft_cap: above 0, or None for no cap; known when tracing.
       stored_gradient: False makes logit_at[:, 1:] constants, for callers that use them under
         stop_gradient only: slicing logit_at hides from JAX that their cotangent is zero.
-      body: a name in the table of bodies, or None to choose for the default backend.
+      body: a name in the table of bodies, or None to choose: "pallas_tpu" where the code runs on
+        one TPU (a single device, or with a layout: the compiler cannot partition a kernel) for at
+        most `tpu.MOST_IDS` ids, "xla" elsewhere.
       layout: how the arrays lie on the mesh that `jax.set_mesh` has set: each device then computes
         its tokens against its rows of the unembedding. None leaves the sharding to the compiler.
 
@@ -74,21 +91,22 @@ def head(
       `HeadOutput`, float32 whatever the inputs (float64 from float64), sums in the same precision.
 
     Raises:
-      ValueError: wrong ranks, sizes that disagree or are zero, an unknown body, temperature or
-        soft_cap not above 0. TypeError: dtypes. Both when tracing, with the shapes.
+      ValueError: wrong ranks, sizes that disagree or are zero, an unknown body or one that the
+        platform or the shapes rule out, temperature or soft_cap not above 0. TypeError: dtypes.
+        Both when tracing, with the shapes.
     """
     _check(hidden, unembedding, ids)
     transform = _transform(temperature, soft_cap)
-    # One body today serves every backend; a choice by backend goes here.
-    name = "xla" if body is None else body
+    name = _default_body(ids.shape[1], layout) if body is None else body
     if name not in _BODIES:
         raise ValueError(f"unknown head body {name!r}; known: {', '.join(sorted(_BODIES))}")
     index = _index(ids, unembedding.shape[0])
     if layout is None:
-        out = _BODIES[name](hidden, unembedding, index, transform)
+        out = _BODIES[name].differentiable(hidden, unembedding, index, transform)
     else:
         layout.check(len(hidden), *unembedding.shape)
-        out = sharded_head(hidden, unembedding, index, transform, _statistics, layout)
+        statistics = _BODIES[name].statistics
+        out = sharded_head(hidden, unembedding, index, transform, statistics, layout)
     lse, sampled, stored, entropy = out
     if not stored_gradient:
         stored = jax.lax.stop_gradient(stored)
@@ -165,8 +183,11 @@ def _fused_loss_backward(loss, setting, kept, cotangents):
 _fused_loss.defvjp(_fused_loss_forward, _fused_loss_backward)
 
 
-def _statistics(hidden, unembedding, ids, transform) -> tuple[Array, Array, Array]:
-    return forward(hidden, unembedding, ids, transform)[0]
+def _default_body(chosen: int, layout: Layout | None) -> str:
+    target = tiles.target()
+    alone = target.one_device or layout is not None
+    kernel = target.platform == "tpu" and alone and chosen <= tpu.MOST_IDS
+    return "pallas_tpu" if kernel else "xla"
 
 
 def _transform(temperature: float, soft_cap: float | None) -> Transform:

@@ -233,38 +233,42 @@ def backward(
     return d_hidden, d_unembedding
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def xla(hidden, unembedding, ids, transform):
-    """The chunked body: (lse, sampled logit, stored logits, entropy), differentiable.
+def with_backward(run: Callable) -> Callable:
+    """A body from its forward: (lse, sampled logit, stored logits, entropy), differentiable.
 
-    The two kinds of logits are separate outputs because a cotangent is known to be zero, and
-    skipped, only for a whole output: one array would scatter the zeros of the stored columns.
+    `run` is called as `forward` and returns what it returns; the backward is `backward`. The two
+    kinds of logits are separate outputs because a cotangent is known to be zero, and skipped, only
+    for a whole output: one array would scatter the zeros of the stored columns.
     """
-    (lse, logit_at, entropy), _ = forward(hidden, unembedding, ids, transform)
-    return lse, logit_at[:, 0], logit_at[:, 1:], entropy
+
+    @partial(jax.custom_vjp, nondiff_argnums=(3,))
+    def body(hidden, unembedding, ids, transform):
+        (lse, logit_at, entropy), _ = run(hidden, unembedding, ids, transform)
+        return lse, logit_at[:, 0], logit_at[:, 1:], entropy
+
+    def body_forward(hidden, unembedding, ids, transform):
+        (lse, logit_at, entropy), products = run(
+            hidden.value, unembedding.value, ids.value, transform
+        )
+        if products is not None and products.size > CHUNK_LOGITS:
+            products = None
+        saved = Saved(
+            hidden.value, unembedding.value, ids.value, lse, entropy, products,
+            wants_hidden=hidden.perturbed, wants_unembedding=unembedding.perturbed,
+        )  # fmt: skip
+        return (lse, logit_at[:, 0], logit_at[:, 1:], entropy), saved
+
+    def body_backward(transform, saved, cotangents):
+        known = [None if isinstance(g, SymbolicZero) else g for g in cotangents]
+        if all(g is None for g in known):
+            return None, None, None
+        d_hidden, d_unembedding = backward(saved, transform, *known)
+        if d_hidden is not None:
+            d_hidden = d_hidden.astype(saved.hidden.dtype)
+        return d_hidden, d_unembedding, None
+
+    body.defvjp(body_forward, body_backward, symbolic_zeros=True)
+    return body
 
 
-def _xla_forward(hidden, unembedding, ids, transform):
-    (lse, logit_at, entropy), products = forward(
-        hidden.value, unembedding.value, ids.value, transform
-    )
-    if products is not None and products.size > CHUNK_LOGITS:
-        products = None
-    saved = Saved(
-        hidden.value, unembedding.value, ids.value, lse, entropy, products,
-        wants_hidden=hidden.perturbed, wants_unembedding=unembedding.perturbed,
-    )  # fmt: skip
-    return (lse, logit_at[:, 0], logit_at[:, 1:], entropy), saved
-
-
-def _xla_backward(transform, saved, cotangents):
-    known = [None if isinstance(g, SymbolicZero) else g for g in cotangents]
-    if all(g is None for g in known):
-        return None, None, None
-    d_hidden, d_unembedding = backward(saved, transform, *known)
-    if d_hidden is not None:
-        d_hidden = d_hidden.astype(saved.hidden.dtype)
-    return d_hidden, d_unembedding, None
-
-
-xla.defvjp(_xla_forward, _xla_backward, symbolic_zeros=True)
+xla = with_backward(forward)
