@@ -297,7 +297,7 @@ def test_the_shapes_are_named_when_tracing():
         ((x.astype("float16"), w, ids), {}, TypeError, "got float16"),
         ((x, w, ids), {"temperature": 0.0}, ValueError, "temperature.*got 0.0"),
         ((x, w, ids), {"soft_cap": -1.0}, ValueError, "soft_cap.*got -1.0"),
-        ((x, w, ids), {"body": "cuda"}, ValueError, "'cuda'; known: reference, xla"),
+        ((x, w, ids), {"body": "cuda"}, ValueError, "'cuda'; known: pallas_tpu, reference, xla"),
     ]
     for args, options, error, message in cases:
         with pytest.raises(error, match=message):

@@ -82,8 +82,8 @@ def head(
       stored_gradient: False makes logit_at[:, 1:] constants, for callers that use them under
         stop_gradient only: slicing logit_at hides from JAX that their cotangent is zero.
       body: a name in the table of bodies, or None to choose: "pallas_tpu" where the code runs on
-        one TPU (a single device, or with a layout: the compiler cannot partition a kernel) for at
-        most `tpu.MOST_IDS` ids, "xla" elsewhere.
+        one TPU (a single device, or with a layout: the compiler cannot partition a kernel) and
+        takes these shapes, "xla" elsewhere.
       layout: how the arrays lie on the mesh that `jax.set_mesh` has set: each device then computes
         its tokens against its rows of the unembedding. None leaves the sharding to the compiler.
 
@@ -97,7 +97,7 @@ def head(
     """
     _check(hidden, unembedding, ids)
     transform = _transform(temperature, soft_cap)
-    name = _default_body(ids.shape[1], layout) if body is None else body
+    name = _default_body(hidden, unembedding, ids, layout) if body is None else body
     if name not in _BODIES:
         raise ValueError(f"unknown head body {name!r}; known: {', '.join(sorted(_BODIES))}")
     index = _index(ids, unembedding.shape[0])
@@ -183,11 +183,9 @@ def _fused_loss_backward(loss, setting, kept, cotangents):
 _fused_loss.defvjp(_fused_loss_forward, _fused_loss_backward)
 
 
-def _default_body(chosen: int, layout: Layout | None) -> str:
-    target = tiles.target()
-    alone = target.one_device or layout is not None
-    kernel = target.platform == "tpu" and alone and chosen <= tpu.MOST_IDS
-    return "pallas_tpu" if kernel else "xla"
+def _default_body(hidden: Array, unembedding: Array, ids: Array, layout: Layout | None) -> str:
+    alone = layout is not None or tiles.target().one_device
+    return "pallas_tpu" if alone and tpu.why_not(hidden, unembedding, ids) is None else "xla"
 
 
 def _transform(temperature: float, soft_cap: float | None) -> Transform:

@@ -90,15 +90,16 @@ def vmem_estimate(tile: Tile, width: int, itemsize: int, lanes: int) -> int:
     return inputs + rows + 3 * tile.product_rows * tile.columns * 4
 
 
-def fit(tile: Tile, tokens: int, width: int, itemsize: int, lanes: int) -> Tile:
-    """The largest tile within `tile` that fits: no more rows than tokens, then memory.
+def fit(tile: Tile, tokens: int, width: int, itemsize: int, lanes: int) -> Tile | None:
+    """The largest tile within `tile` for a shape: no more rows than tokens, and within its memory.
 
+    None where the width is too large for any.
     W is read once for every `rows` rows, so columns are halved first and rows only when they must.
     """
     columns = tile.columns
     while columns > 2 * LANES and columns * width * itemsize > _BLOCK_BYTES:
         columns //= 2
-    product_rows = min(tile.product_rows, _up(tokens, 16))
+    product_rows = min(tile.product_rows, _up(max(tokens, 1), 16))
     rows = min(tile.rows, _up(tokens, product_rows))
     fitted = Tile(rows, columns, product_rows, tile.vmem_bytes)
     while vmem_estimate(fitted, width, itemsize, lanes) > tile.vmem_bytes:
@@ -110,10 +111,7 @@ def fit(tile: Tile, tokens: int, width: int, itemsize: int, lanes: int) -> Tile:
             product_rows = _up(product_rows // 2, 16)
             fitted = fitted._replace(rows=product_rows, product_rows=product_rows)
         else:
-            raise ValueError(
-                f'head body "pallas_tpu" cannot hold a width of D = {width} in {tile.vmem_bytes} '
-                'bytes of vector memory; use body="xla"'
-            )
+            return None
     return fitted
 
 

@@ -51,26 +51,25 @@ def forward(
     ids: Int[Array, "N J"],
     transform: Transform,
     count: Int[Array, ""] | int | None = None,
-    *,
-    tile: Tile | None = None,
 ) -> tuple[Float[Array, " N"], Float[Array, "N J"], Float[Array, " N"]]:
     """(lse, logit_at, entropy), float32; ids outside [0, V) give NaN.
 
     Blocks of rows that begin at `count` or later are neither read nor computed; what they return
     means nothing. Products of float32 inputs have JAX's default precision, on a TPU one bfloat16
-    pass. `tile` overrides the table; its vector memory is a limit all the same.
+    pass. Raises ValueError where `why_not` has an answer.
     """
-    tokens, width = hidden.shape
-    vocabulary, chosen = unembedding.shape[0], ids.shape[1]
-    operand = jnp.promote_types(hidden.dtype, unembedding.dtype)
-    _check_runs(hidden, unembedding, ids)
+    reason = why_not(hidden, unembedding, ids)
+    if reason is not None:
+        shapes = f"hidden {hidden.shape}, unembedding {unembedding.shape}, ids {ids.shape}"
+        raise ValueError(f'head body "pallas_tpu" {reason}: {shapes}; use body="xla"')
+    (tokens, width), (vocabulary, _), (_, chosen) = hidden.shape, unembedding.shape, ids.shape
     if tokens == 0:
         none = jnp.zeros((0,), jnp.float32)
         return none, jnp.zeros(ids.shape, jnp.float32), none
-    lanes = -(-(chosen + 2) // LANES) * LANES
-    largest = tile or tiles.largest_tile(tiles.target())
-    assert largest is not None
-    tile = tiles.fit(largest, tokens, width, operand.itemsize, lanes)
+    operand = jnp.promote_types(hidden.dtype, unembedding.dtype)
+    lanes = _lanes(chosen)
+    tile = _tile(hidden, unembedding, ids)
+    assert tile is not None
     rows, columns = tile.rows, tile.columns
     row_blocks, column_blocks = pl.cdiv(tokens, rows), pl.cdiv(vocabulary, columns)
 
@@ -115,24 +114,30 @@ def forward(
     return out[:, chosen], out[:, :chosen], out[:, chosen + 1]
 
 
-def _check_runs(hidden: Array, unembedding: Array, ids: Array) -> None:
-    shapes = f"hidden {hidden.shape}, unembedding {unembedding.shape}, ids {ids.shape}"
+def why_not(hidden: Array, unembedding: Array, ids: Array) -> str | None:
+    """What keeps this body from these arrays on the device that is traced for, in words."""
     platform = tiles.target().platform
     if platform != "tpu" and not INTERPRET:
-        raise ValueError(
-            f'head body "pallas_tpu" needs a TPU, this program is for {platform} ({shapes}); '
-            'use body="xla", or trace under jax.set_mesh of a TPU topology'
-        )
+        return f"needs a TPU, and this program is for {platform}"
     if ids.shape[1] > MOST_IDS:
-        raise ValueError(
-            f'head body "pallas_tpu" takes at most {MOST_IDS} ids a token: {shapes}; use body="xla"'
-        )
+        return f"takes at most {MOST_IDS} ids a token"
     for array in (hidden, unembedding):
         if array.dtype not in (jnp.bfloat16, jnp.float32):
-            raise TypeError(
-                f'head body "pallas_tpu" wants bfloat16 or float32, got {array.dtype} ({shapes}); '
-                'use body="xla"'
-            )
+            return f"wants bfloat16 or float32, not {array.dtype}"
+    if _tile(hidden, unembedding, ids) is None:
+        return "cannot hold rows this wide in the chip's vector memory"
+    return None
+
+
+def _lanes(chosen: int) -> int:
+    return -(-(chosen + 2) // LANES) * LANES
+
+
+def _tile(hidden: Array, unembedding: Array, ids: Array) -> Tile | None:
+    largest = tiles.largest_tile(tiles.target())
+    itemsize = jnp.promote_types(hidden.dtype, unembedding.dtype).itemsize
+    tokens, width = hidden.shape
+    return largest and tiles.fit(largest, tokens, width, itemsize, _lanes(ids.shape[1]))
 
 
 def _kernel(
