@@ -16,6 +16,8 @@ divergence is at most the true one, so a penalty made of it may be too small.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+Number = Float[Array, ""] | float
+
 
 def sampled_tv(log_ratio: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """½ |r - 1|, whose mean over tokens drawn from μ is the total variation itself.
@@ -56,34 +58,32 @@ def surrogate_error(
 
 
 def penalty_max_tv(
-    reward_max: Float[Array, ""] | float,
+    reward_max: Number,
     horizon: Int[Array, ""] | int,
-    tv_max: Float[Array, ""] | float,
-) -> Float[Array, ""]:
+    tv_max: Number,
+) -> Number:
     """2 ξ T (T - 1) (max_s D)²: arXiv 2602.04879 eq. 7. The maximum is over all states."""
-    return jnp.asarray(2.0 * reward_max * horizon * (horizon - 1) * tv_max**2)
+    return 2.0 * reward_max * horizon * (horizon - 1) * tv_max**2
 
 
-def penalty_sum_tv(
-    reward_max: Float[Array, ""] | float, tv_sum: Float[Array, ""] | float
-) -> Float[Array, ""]:
+def penalty_sum_tv(reward_max: Number, tv_sum: Number) -> Number:
     """4 ξ E_μ[Σ_t D_t]: arXiv 2602.04879 eq. 8. `sampled_tv` estimates the expectation."""
-    return jnp.asarray(4.0 * reward_max * tv_sum)
+    return 4.0 * reward_max * tv_sum
 
 
 def penalty_prefix(
-    reward_max: Float[Array, ""] | float,
+    reward_max: Number,
     horizon: Int[Array, ""] | int,
-    tv_max: Float[Array, ""] | float,
-    budget: Float[Array, ""] | float,
-) -> Float[Array, ""]:
+    tv_max: Number,
+    budget: Number,
+) -> Number:
     """2 ξ T (T - 1) ℓ δ_b with ℓ >= D at all states, δ_b = `prefix_budget`: never above eq. 7's.
 
     CPPO (arXiv 2606.10968) theorem 1; its token threshold w_t D_t <= δ means ℓ = δ / w_min.
     Differs from the paper: its mask lets S_t reach δ + δ_b W_{t-1}, somewhat more than the δ_b W_t
     that the bound rests on.
     """
-    return jnp.asarray(2.0 * reward_max * horizon * (horizon - 1) * tv_max * budget)
+    return 2.0 * reward_max * horizon * (horizon - 1) * tv_max * budget
 
 
 def prefix_budget(

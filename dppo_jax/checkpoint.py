@@ -15,6 +15,8 @@ from etils import epath
 from dppo_jax.models.decoder import Params
 from dppo_jax.records import TrainState
 
+CARRIED = ("objective_state", "rollout_memory", "token_counts")  # of TrainState; () is not written
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, with what to do."""
@@ -32,7 +34,7 @@ def _tree(state: TrainState, key: jax.Array) -> dict[str, Any]:
         "step": state.step,
         "key": jax.random.key_data(key),
     }
-    carried = {name: named(getattr(state, name)) for name in ("objective_state", "rollout_memory")}
+    carried = {name: named(getattr(state, name)) for name in CARRIED}
     return tree | {name: leaves for name, leaves in carried.items() if leaves}
 
 
@@ -91,8 +93,7 @@ class Checkpoints:
             saved["params"],
             rebuilt("opt_state", like.opt_state),
             saved["step"],
-            rebuilt("objective_state", like.objective_state),
-            rebuilt("rollout_memory", like.rollout_memory),
+            **{name: rebuilt(name, getattr(like, name)) for name in CARRIED},
         )
         return state, jax.random.wrap_key_data(saved["key"]), restored.position
 

@@ -8,7 +8,7 @@ from (temperature applied), and say whose they are: ``logp_rollout`` (the sample
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -66,6 +66,8 @@ class Batch:
     values_old: Float[Array, "B T *Q"] | None = None  # the critic's, before the update
     returns: Float[Array, "B T *Q"] | None = None  # what the critic is trained towards
     objective_state: Any = None  # TrainState's, put in by the update: without a batch axis
+    # V, put in by the update where metrics by token id are wanted; not an array.
+    vocab_size: int | None = field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -95,7 +97,13 @@ class Max(NamedTuple):
     value: Float[Array, "*stacked"]
 
 
-Metric = Mean | Max
+class Counts(NamedTuple):
+    """A metric by token id, added up over the run in `TrainState.token_counts`."""
+
+    value: Int[Array, "*stacked 3 V"]  # masked with A > 0, masked with A < 0, all response tokens
+
+
+Metric = Mean | Max | Counts
 Metrics = dict[str, Metric]
 
 
@@ -105,6 +113,8 @@ def fold_metrics(stacked: Metrics) -> Metrics:
     def fold(metric: Metric) -> Metric:
         if isinstance(metric, Max):
             return Max(jnp.max(metric.value))
+        if isinstance(metric, Counts):
+            return Counts(jnp.sum(metric.value, axis=0))
         return Mean(jnp.sum(metric.sum), jnp.sum(metric.count))
 
     return {name: fold(metric) for name, metric in stacked.items()}
@@ -156,3 +166,4 @@ class TrainState:
     step: Int[Array, ""]  # gradient steps taken
     objective_state: Any = ()  # Objective.initial_state and what next_state made of it
     rollout_memory: Any = ()  # what the rollout policy remembers from step to step
+    token_counts: Any = ()  # Counts.value over all gradient steps; () where nobody asks

@@ -85,7 +85,7 @@ def by_token(batch: Batch) -> Batch:
             finish_reason=jnp.repeat(rollout.finish_reason, columns),
             **fields(rollout, "prompt_tokens", "prompt_mask", "finish_reason"),
         ),
-        **fields(batch, "rollout", "objective_state"),
+        **fields(batch, "rollout", "objective_state", "vocab_size"),
     )
 
 

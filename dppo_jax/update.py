@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from dppo_jax.models.decoder import Model, Params
 from dppo_jax.records import (
     Batch,
+    Counts,
     LossSum,
     Mean,
     Metrics,
@@ -137,8 +138,14 @@ def make_update(
     token_local = objective.token_local if plain else None
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        counted = isinstance(state.token_counts, jax.Array)
+
         def loss_of(params: Params, rows: Batch) -> LossSum:
-            rows = dataclasses.replace(rows, objective_state=state.objective_state)
+            rows = dataclasses.replace(
+                rows,
+                objective_state=state.objective_state,
+                vocab_size=model.config.vocab_size if counted else None,
+            )
             if token_local is not None:
                 loss_sum, stats = loss_and_score(
                     model, params, rows, token_local, temperature=temperature
@@ -150,6 +157,11 @@ def make_update(
             return out._replace(metrics=out.metrics | mismatch(stats, rows.rollout))
 
         after, metrics = gradient_step(state, loss_of, batch, optimizer, microbatches)
+        for name, metric in list(metrics.items()):
+            if isinstance(metric, Counts):
+                del metrics[name]
+                counts = state.token_counts + metric.value
+                after = dataclasses.replace(after, token_counts=counts)
         if objective.next_state is not None:
             carried = objective.next_state(state.objective_state, metrics)
             after = dataclasses.replace(after, objective_state=carried)

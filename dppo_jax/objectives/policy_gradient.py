@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float
 
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
 from dppo_jax.objectives.measures import importance_ratio, surrogate_ratio
+from dppo_jax.objectives.metrics import token_metrics
 from dppo_jax.objectives.trust_region import TrustRegion
 from dppo_jax.records import (
     Batch,
     LossSum,
-    Max,
     Mean,
     Metrics,
     Need,
@@ -145,7 +145,8 @@ def _objective(
         tokens = token_loss(stats, batch)
         weights = aggregate(mask)
         loss_sum = jnp.sum(weights.token * jnp.where(mask, tokens.loss, 0.0))
-        metrics = _metrics(tokens, stats, batch)
+        metrics = token_metrics(tokens.keep, tokens.divergence, stats, batch)
+        metrics |= tokens.metrics or {}
         metrics["loss/policy"] = Mean(loss_sum, weights.total)
         return LossSum(loss_sum, weights.total, jax.lax.stop_gradient(metrics))
 
@@ -186,33 +187,3 @@ def _zero_padding(stats: TokenStats, batch: Batch) -> tuple[TokenStats, Batch]:
         **jax.tree.map(inside, {name: getattr(batch, name) for name in _PER_TOKEN}),
     )
     return jax.tree.map(inside, stats), cleaned
-
-
-def _metrics(tokens: TokenLoss, stats: TokenStats, batch: Batch) -> Metrics:
-    """Counts are of response tokens; `mask/*` are shares of those with A ≠ 0, > 0 and < 0."""
-    response = batch.rollout.response_mask
-    dropped = (~tokens.keep).astype(jnp.float32)
-    log_ratio = stats.logp - batch.rollout.logp_rollout
-    ratio = importance_ratio(stats.logp, batch.rollout.logp_rollout)
-    metrics: Metrics = {
-        "mask/fraction": _mean(dropped, response & (batch.advantages != 0)),
-        "mask/fraction_positive": _mean(dropped, response & (batch.advantages > 0)),
-        "mask/fraction_negative": _mean(dropped, response & (batch.advantages < 0)),
-        "ratio/mean": _mean(ratio, response),
-        "ratio/max": _max(ratio, response),
-        "entropy/mean": _mean(stats.entropy, response),
-        "policy/kl_rollout": _mean(-log_ratio, response),
-    }
-    if tokens.divergence is not None:
-        metrics["divergence/mean"] = _mean(tokens.divergence, response)
-        metrics["divergence/max"] = _max(tokens.divergence, response)
-    return metrics | (tokens.metrics or {})
-
-
-def _mean(values: Float[Array, "B T"], where: Bool[Array, "B T"]) -> Mean:
-    return Mean(jnp.sum(values, where=where), jnp.sum(where).astype(jnp.float32))
-
-
-def _max(values: Float[Array, "B T"], where: Bool[Array, "B T"]) -> Max:
-    """The largest of values >= 0; 0 where there is no token."""
-    return Max(jnp.max(values, where=where, initial=0.0))

@@ -1,0 +1,41 @@
+"""Which tokens a run masked most: the table of the DPPO paper's figure, as text."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dppo_jax.prompts.tokenizers import Tokenizer
+
+LISTED = 50
+
+
+class MaskedToken(NamedTuple):
+    """A token of the vocabulary over a run's gradient steps."""
+
+    id: int
+    text: str
+    masked: int  # times
+    masked_positive: int  # of them with A > 0: the update would have raised it
+    masked_negative: int
+    occurrences: int
+    share: float  # masked / occurrences
+
+
+def most_masked(counts: np.ndarray, tokenizer: Tokenizer) -> list[MaskedToken]:
+    """The `LISTED` tokens masked most often, most often first; `counts` is TrainState's."""
+    positive, negative, occurrences = counts
+    masked = positive + negative
+    order = np.argsort(-masked, kind="stable")[:LISTED]
+    return [
+        MaskedToken(
+            id=int(i),
+            text=tokenizer.decode([int(i)]) if i < tokenizer.vocab_size else "",
+            masked=int(masked[i]),
+            masked_positive=int(positive[i]),
+            masked_negative=int(negative[i]),
+            occurrences=int(occurrences[i]),
+            share=float(masked[i] / occurrences[i]),
+        )
+        for i in order
+        if masked[i]
+    ]
