@@ -121,6 +121,12 @@ def _folder(directory: Path) -> Path:
     return inside if inside.is_dir() else directory.absolute()
 
 
+def save_params(directory: Path, params: Params) -> None:
+    """Writes parameters alone as checkpoint 0 of a folder that holds none, for `load_params`."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(epath.Path(directory.absolute()) / "0" / "state", {"params": params})
+
+
 def load_params(directory: Path, like: Params) -> Params:
     """The parameters alone of a run's newest checkpoint, in the shapes and shardings of `like`.
 

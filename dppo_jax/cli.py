@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dppo_jax import data_command
+from dppo_jax import data_command, hf_command
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 GIVEN = ("workdir", "console", "configuration")  # what `train` gets from here, not from a recipe
@@ -133,6 +133,15 @@ def _parser() -> argparse.ArgumentParser:
         "dppo methods --json",
     )
     methods.add_argument("--json", action="store_true", help="with defaults, as one JSON object")
+
+    def after_jax(command: Callable) -> Callable:
+        def run(options: argparse.Namespace) -> None:
+            _start_jax()
+            command(options)
+
+        return run
+
+    hf_command.add_verbs(lambda name, run, *texts: verb(verbs, name, after_jax(run), *texts))
 
     bench = verbs.add_parser("bench", help="Measure speed.").add_subparsers(
         required=True, metavar="WHAT"

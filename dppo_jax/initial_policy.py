@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from dppo_jax.checkpoint import load_params
 from dppo_jax.models.decoder import Model, Params
+from dppo_jax.models.hf_config import config_of, same_weights
+from dppo_jax.models.hf_weights import read_params
 from dppo_jax.models.llama2c import read_llama2c
 from dppo_jax.prompts import arithmetic
 from dppo_jax.prompts.examples import Example
@@ -51,18 +53,45 @@ def llama2c_policy(path: str) -> InitialPolicy:
     return lambda c: jax.device_put(read_llama2c(path, c.model.config), c.shardings)
 
 
-def checkpoint_policy(directory: str) -> InitialPolicy:
-    """The newest checkpoint of another run."""
+@dataclass(frozen=True)
+class HuggingFacePolicy:
+    """The weights of a Hugging Face folder; made by `hf_policy`."""
 
-    def make(c: InitialContext) -> Params:
+    path: str
+
+    def __call__(self, c: InitialContext) -> Params:
+        in_file = config_of(self.path)
+        if not same_weights(in_file, c.model.config):
+            raise ValueError(
+                f"{self.path}/config.json is of another model than the recipe's DecoderConfig: "
+                "bind train.train.model = @hf_config.config_of() with the same path"
+            )
+        return read_params(self.path, c.model, c.shardings)
+
+
+def hf_policy(path: str) -> InitialPolicy:
+    """The weights of a Hugging Face folder, streamed tensor by tensor into their shards."""
+    return HuggingFacePolicy(path)
+
+
+@dataclass(frozen=True)
+class CheckpointPolicy:
+    """The newest checkpoint of another run; made by `checkpoint_policy`."""
+
+    directory: str
+
+    def __call__(self, c: InitialContext) -> Params:
         like = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             c.model.abstract_params,
             c.shardings,
         )
-        return load_params(Path(directory).expanduser(), like)
+        return load_params(Path(self.directory).expanduser(), like)
 
-    return make
+
+def checkpoint_policy(directory: str) -> InitialPolicy:
+    """The newest checkpoint of another run, or what `dppo import-hf` wrote."""
+    return CheckpointPolicy(directory)
 
 
 def careless_arithmetic(slip_rate: float) -> Demonstrate:
