@@ -141,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
 
         return run
 
-    hf_command.add_verbs(lambda name, run, *texts: verb(verbs, name, after_jax(run), *texts))
+    hf_command.add_verbs(
+        lambda name, run, *texts: verb(verbs, name, after_jax(run), *texts), _recipe_arguments
+    )
 
     bench = verbs.add_parser("bench", help="Measure speed.").add_subparsers(
         required=True, metavar="WHAT"
@@ -307,6 +309,13 @@ def _bench_step(options: argparse.Namespace) -> None:
     }
     result = bench_step(**shape)
     print(json.dumps(result)) if options.json else show_step(result)
+
+
+def _recipe_arguments(path: Path, *names: str) -> dict[str, Any]:
+    from dppo_jax.config import load_recipe
+    from dppo_jax.train import train
+
+    return load_recipe(path, train, (), GIVEN).arguments(*names)
 
 
 def _start_jax() -> None:

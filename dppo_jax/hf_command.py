@@ -11,7 +11,11 @@ from typing import Any
 AddVerb = Callable[[str, Callable[[argparse.Namespace], None], str, str], argparse.ArgumentParser]
 
 
-def add_verbs(add: AddVerb) -> None:
+# a recipe, names of train()'s arguments -> the arguments, built
+ArgumentsOf = Callable[..., dict[str, Any]]
+
+
+def add_verbs(add: AddVerb, arguments_of: ArgumentsOf) -> None:
     """Adds both to the command line."""
     importer = add(
         "import-hf",
@@ -32,7 +36,7 @@ def add_verbs(add: AddVerb) -> None:
 
     exporter = add(
         "export-hf",
-        _export,
+        lambda options: _export(options, arguments_of),
         "Write a run's newest checkpoint as a folder that transformers loads.",
         "dppo export-hf runs/RUN my-model --dtype bfloat16",
     )
@@ -74,7 +78,7 @@ def _import(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: argparse.Namespace, arguments_of: ArgumentsOf) -> None:
     from dppo_jax.hf_exchange import ORIGIN, check_new, export_hf
     from dppo_jax.models.hf_config import config_of
     from dppo_jax.sharding import MeshConfig
@@ -85,25 +89,22 @@ def _export(options: argparse.Namespace) -> None:
     if (like / "config.json").is_file():
         config, start = config_of(str(like)), like
     else:
-        config, start = _of_run(checkpoint)
+        config, start = _of_run(checkpoint, arguments_of)
     like = Path(options.like).expanduser() if options.like else start
     dtype = export_hf(checkpoint, out, config, MeshConfig().build(), like=like, dtype=options.dtype)
     report = {"path": str(out), "dtype": dtype, "like": str(like) if like else None}
     _show(report, f"{checkpoint} -> {out}", options.json)
 
 
-def _of_run(run: Path):
+def _of_run(run: Path, arguments_of: ArgumentsOf):
     """A run's DecoderConfig, and the Hugging Face folder that it started from, if any."""
-    from dppo_jax.cli import GIVEN
-    from dppo_jax.config import load_recipe
     from dppo_jax.hf_exchange import ORIGIN
     from dppo_jax.initial_policy import CheckpointPolicy, HuggingFacePolicy
-    from dppo_jax.train import train
 
     recipe = run / "operative_config.gin"
     if not recipe.is_file():
         raise ValueError(f"{run} is neither a run directory nor a folder that import-hf wrote")
-    found = load_recipe(recipe, train, (), GIVEN).arguments("model", "initial_policy")
+    found = arguments_of(recipe, "model", "initial_policy")
     match found["initial_policy"]:
         case HuggingFacePolicy(path):
             start = Path(path).expanduser()
