@@ -32,7 +32,8 @@ def forward_flops(config: DecoderConfig, tokens: int, contexts: float, predictio
     """
     c = config
     projections = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
-    layer = projections + 3 * c.width * c.mlp_width
+    mlp = 3 * c.width * c.mlp_width * (c.experts_per_token or 1) + c.width * c.experts
+    layer = projections + mlp
     attention = 2 * c.heads * c.head_size * contexts
     return 2.0 * (c.layers * (layer * tokens + attention) + c.width * c.vocab_size * predictions)
 

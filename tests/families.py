@@ -39,6 +39,16 @@ FAMILIES = {
     ),
     "r1_distill_qwen": ("Qwen2Config", dict(rope_parameters=PLAIN, head_dim=8)),
     "qwen3": ("Qwen3Config", dict(rope_parameters=YARN)),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        dict(
+            rope_parameters=PLAIN,
+            num_experts=7,
+            num_experts_per_tok=3,
+            moe_intermediate_size=20,
+            norm_topk_prob=True,
+        ),
+    ),
     "gemma2": (
         "Gemma2Config",
         GEMMA | dict(attn_logit_softcapping=5.0, final_logit_softcapping=3.0),

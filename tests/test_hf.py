@@ -29,6 +29,7 @@ EXPRESSIBLE = {
     "mistral": dict(window=5),
     "qwen2": dict(qkv_bias=True, window=3, local_layers=(False, True)),
     "qwen3": dict(qk_norm=True, rope_scaling=Yarn(4.0, 32, attention_factor=1.1)),
+    "qwen3_moe": dict(qk_norm=True, experts=5, experts_per_token=2, normalised_gates=True),
     "gemma2": GEMMA | dict(attention_soft_cap=5.0, final_soft_cap=3.0, window=4),
     "gemma3_text": GEMMA
     | dict(qk_norm=True, window=4, local_layers=(True, False), local_rope_theta=99.0),

@@ -55,6 +55,22 @@ def torch_logits(model, tokens, mask):
     ).logits
 
 
+def gradients_of(model):
+    """By the names in files, where each expert has its own tensors."""
+    found = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
+    for name in [name for name in found if ".experts." in name]:
+        each, kind = found.pop(name), name.rsplit(".", 1)[1]
+        for expert, tensor in enumerate(each):
+            prefix = name.replace(kind, str(expert))
+            if kind == "gate_up_proj":
+                found[f"{prefix}.gate_proj.weight"], found[f"{prefix}.up_proj.weight"] = np.split(
+                    tensor, 2
+                )
+            else:
+                found[f"{prefix}.{kind}.weight"] = tensor
+    return found
+
+
 def test_logits_and_gradients(case):
     """A weighted sum of log-probabilities: every logit and every parameter takes part."""
     import torch
@@ -77,14 +93,14 @@ def test_logits_and_gradients(case):
     assert error < 1e-4
 
     worst = 0.0
-    with_gradient = dict(theirs.named_parameters())
+    their_gradients = gradients_of(theirs)
     for leaf in leaves_of(model):
         value = gradients
         for key in leaf.path:
             value = value[key]
         for name, index in leaf.names.items():
             mine = np.asarray(value[index])
-            other = with_gradient[name].grad.numpy()
+            other = their_gradients[name]
             assert np.abs(other).max() > 1e-5, name
             worst = max(worst, np.abs((mine.T if leaf.transposed else mine) - other).max())
     row["gradients"] = f"{worst:.1e}"

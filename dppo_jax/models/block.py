@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dppo_jax.models.config import DecoderConfig
+from dppo_jax.models.moe import expert_mlps, route
 from dppo_jax.models.rope import Rope, rotate
 from dppo_jax.sharding import constrain
 
@@ -65,10 +66,13 @@ class Block(nnx.Module):
         self.v = parameter(rngs, (c.width, keys), into, ("embed", "kv_heads"))
         self.o = parameter(rngs, (queries, c.width), queries**-0.5 * out, ("heads", "embed"))
         self.mlp_norm = norm_scale(c, c.width)
-        self.gate = parameter(rngs, (c.width, c.mlp_width), into, ("embed", "mlp"))
-        self.up = parameter(rngs, (c.width, c.mlp_width), into, ("embed", "mlp"))
+        each, axis = ((c.experts,), ("experts",)) if c.experts else ((), ())
+        self.gate = parameter(rngs, (*each, c.width, c.mlp_width), into, (*axis, "embed", "mlp"))
+        self.up = parameter(rngs, (*each, c.width, c.mlp_width), into, (*axis, "embed", "mlp"))
         down = c.mlp_width**-0.5 * out
-        self.down = parameter(rngs, (c.mlp_width, c.width), down, ("mlp", "embed"))
+        self.down = parameter(rngs, (*each, c.mlp_width, c.width), down, (*axis, "mlp", "embed"))
+        if c.experts:
+            self.router = parameter(rngs, (c.width, c.experts), into, ("embed", None))
         if c.qkv_bias:
             self.q_bias = constant(0.0, queries, "heads")
             self.k_bias = constant(0.0, keys, "kv_heads")
@@ -108,6 +112,11 @@ class Block(nnx.Module):
         return x + out
 
     def _mlp(self, y: Float[Array, "N D"]):
+        c = self.config
+        activation = ACTIVATIONS[c.activation]
+        if c.experts:
+            gates, chosen = route(y, gathered(self.router), c.experts_per_token, c.normalised_gates)
+            gate, up, down = (gathered(w) for w in (self.gate, self.up, self.down))
+            return expert_mlps(y, gates, chosen, gate, up, down, activation)
         gate, up = (y @ gathered(w).astype(y.dtype) for w in (self.gate, self.up))
-        gate = ACTIVATIONS[self.config.activation](gate)
-        return (gate * up) @ gathered(self.down).astype(y.dtype)
+        return (activation(gate) * up) @ gathered(self.down).astype(y.dtype)

@@ -41,6 +41,9 @@ class DecoderConfig:
     post_norms: bool = False  # norms after attention and MLP too, before they are added
     unit_offset_norms: bool = False  # norms scale by 1 + w
     scaled_embeddings: bool = False  # token embeddings are multiplied by √width
+    experts: int = 0  # MLPs of each layer that a router chooses from; 0: one MLP, no router
+    experts_per_token: int = 0
+    normalised_gates: bool = False  # a token's gates sum to 1
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -56,6 +59,11 @@ class DecoderConfig:
             raise ValueError(
                 f"remat_policy={self.remat_policy!r} is not in jax.checkpoint_policies; for example"
                 " 'dots_with_no_batch_dims_saveable' keeps the matrix products"
+            )
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is not within 1..{self.experts}, "
+                "the number of experts"
             )
         if self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"activation={self.activation!r}: use 'silu' or 'gelu_tanh'")

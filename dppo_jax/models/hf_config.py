@@ -40,6 +40,11 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(
         "qwen3", dict(qk_norm=True), dict(head_dim=128, max_window_layers=28)
     ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        dict(qk_norm=True),
+        dict(num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False),
+    ),
     "Gemma2ForCausalLM": Family(
         "gemma2",
         GEMMA,
@@ -111,6 +116,11 @@ def parse(given: Json, where: str = "config.json") -> DecoderConfig:
     for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if hf.get(name) and not (name == "attention_bias" and family.model_type == "qwen2"):
             raise ValueError(f"{where}: {name}=true is not supported")
+    moe = family.model_type == "qwen3_moe"
+    if moe and (hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1):
+        raise ValueError(f"{where}: layers without experts among those with them are not supported")
+    if moe and hf.get("use_sliding_window"):
+        raise ValueError(f"{where}: use_sliding_window=true is not supported for {architecture}")
     activation = hf.get(family.activation, "silu")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{where}: activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
@@ -127,7 +137,11 @@ def parse(given: Json, where: str = "config.json") -> DecoderConfig:
             heads=heads,
             kv_heads=size("num_key_value_heads", heads),
             head_size=size("head_dim", width // heads),
-            mlp_width=size("intermediate_size"),
+            mlp_width=size("moe_intermediate_size" if moe else "intermediate_size"),
+            # transformers 5 writes the one name, the published files have the other.
+            experts=size("num_experts", hf.get("num_local_experts", 128)) if moe else 0,
+            experts_per_token=size("num_experts_per_tok") if moe else 0,
+            normalised_gates=moe and bool(hf["norm_topk_prob"]),
             rope_theta=theta,
             rope_scaling=scaling,
             norm_eps=number("rms_norm_eps") or 1e-6,
@@ -261,7 +275,14 @@ def to_json(config: DecoderConfig, dtype: str) -> Json:
     value["sliding_window"] = c.window
     if family.model_type.startswith("qwen"):
         value["use_sliding_window"] = c.window is not None
-    if gemma or family.model_type.startswith("qwen"):
+    if c.experts:
+        value |= {
+            "moe_intermediate_size": c.mlp_width,
+            "num_experts": c.experts,
+            "num_experts_per_tok": c.experts_per_token,
+            "norm_topk_prob": c.normalised_gates,
+        }
+    elif gemma or family.model_type.startswith("qwen"):
         kinds = ("full_attention", "sliding_attention")
         value["layer_types"] = [kinds[is_local] for is_local in local]
     if family.model_type == "llama":
@@ -305,7 +326,7 @@ def _architecture(c: DecoderConfig) -> str:
     if c.post_norms:
         return "Gemma3ForCausalLM" if c.qk_norm else "Gemma2ForCausalLM"
     if c.qk_norm:
-        return "Qwen3ForCausalLM"
+        return "Qwen3MoeForCausalLM" if c.experts else "Qwen3ForCausalLM"
     if c.qkv_bias:
         return "Qwen2ForCausalLM"
     return "LlamaForCausalLM" if c.window is None else "MistralForCausalLM"

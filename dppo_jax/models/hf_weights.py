@@ -46,6 +46,12 @@ WITH_POST_NORMS = {
     "mlp_norm": "pre_feedforward_layernorm.weight",
     "post_mlp_norm": "post_feedforward_layernorm.weight",
 }
+WITH_EXPERTS = {
+    "router": "mlp.gate.weight",
+    "gate": "mlp.experts.{}.gate_proj.weight",
+    "up": "mlp.experts.{}.up_proj.weight",
+    "down": "mlp.experts.{}.down_proj.weight",
+}
 # Buffers that old checkpoints hold beside their parameters.
 NO_PARAMETERS = (".rotary_emb.inv_freq",)
 
@@ -61,7 +67,10 @@ class Leaf(NamedTuple):
 
 def leaves_of(model: Model) -> list[Leaf]:
     """Every parameter of the model with the names of its tensors, in the order of the tree."""
-    names = IN_LAYER | (WITH_POST_NORMS if model.config.post_norms else {})
+    c = model.config
+    names = (
+        IN_LAYER | (WITH_POST_NORMS if c.post_norms else {}) | (WITH_EXPERTS if c.experts else {})
+    )
     leaves = []
     for path, leaf in jax.tree.leaves_with_path(model.abstract_params):
         keys = tuple(str(key.key) for key in path)

@@ -1,0 +1,48 @@
+"""A mixture of experts: each token's MLP is a weighted sum of the few that a router picks for it.
+
+Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`): no token is
+dropped, no expert has a capacity, and the work is that of `experts_per_token` experts a token.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def route(
+    y: Float[Array, "N D"], router: Float[Array, "D E"], experts_per_token: int, normalised: bool
+) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
+    """Gates and ids of each token's experts, most likely first; all in float32.
+
+    The k largest of p = softmax(y·router), divided by their sum where `normalised`
+    (Qwen3-MoE, arXiv 2505.09388; transformers' Qwen3MoeTopKRouter).
+    """
+    logits = jnp.dot(y.astype(jnp.float32), router, preferred_element_type=jnp.float32)
+    gates, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts_per_token)
+    if normalised:
+        gates /= jnp.sum(gates, axis=-1, keepdims=True)
+    return gates, chosen
+
+
+def expert_mlps(
+    y: Float[Array, "N D"],
+    gates: Float[Array, "N k"],
+    chosen: Int[Array, "N k"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    activation: Callable[[Array], Array],
+) -> Float[Array, "N D"]:
+    """Σ_j gates_j · (activation(y·gate_e) * y·up_e)·down_e with e = chosen_j."""
+    tokens, each = chosen.shape
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.bincount(flat, length=len(gate)).astype(jnp.int32)
+    grouped = y[order // each]
+    weights = (w.astype(y.dtype) for w in (gate, up))
+    opened, linear = (jax.lax.ragged_dot(grouped, w, sizes) for w in weights)
+    out = jax.lax.ragged_dot(activation(opened) * linear, down.astype(y.dtype), sizes)
+    by_token = out[jnp.argsort(order)].reshape(tokens, each, -1)
+    return jnp.einsum("nkd,nk->nd", by_token, gates.astype(y.dtype))
