@@ -1,8 +1,13 @@
 """Tiny models of the supported families as transformers makes them: odd sizes, uneven weights."""
 
 import warnings
+import zlib
 
+import jax
+import numpy as np
 import pytest
+
+from dppo_jax.models.hf_weights import leaves_of
 
 SMALL = dict(
     vocab_size=101,
@@ -25,7 +30,7 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
-YARN = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=64)
 PLAIN = dict(rope_type="default", rope_theta=1e4)
 GEMMA = dict(query_pre_attn_scalar=14, sliding_window=6, tie_word_embeddings=True)
 # name -> (transformers' configuration class, what it is given beside SMALL)
@@ -100,3 +105,38 @@ def saved(model, folder, **options):
         warnings.simplefilter("ignore")
         model.save_pretrained(folder, **options)
     return folder
+
+
+def numbered_params(model):
+    """Parameters drawn by the names of their tensors, so that no library takes part."""
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), model.abstract_params)
+    for leaf in leaves_of(model):
+        into = params
+        for key in leaf.path:
+            into = into[key]
+        for name, index in leaf.names.items():
+            noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=leaf.shape)
+            if len(leaf.shape) == 2:
+                noise *= 1.5 * leaf.shape[-1] ** -0.5
+            elif "norm" in name:
+                noise = 0.3 * noise + (not model.config.unit_offset_norms)
+            into[index] = noise.T if leaf.transposed else noise
+    return jax.tree.map(jax.numpy.asarray, params)
+
+
+def left_padded(vocab_size, lengths=(13, 8, 1)):
+    """Random tokens [rows, longest] and their mask."""
+    longest = max(lengths)
+    tokens = np.random.default_rng(0).integers(1, vocab_size, (len(lengths), longest))
+    return tokens, np.arange(longest) >= longest - np.asarray(lengths)[:, None]
+
+
+def torch_logits(model, tokens, mask):
+    """transformers' logits, positions counted as here."""
+    import torch
+
+    mask = torch.from_numpy(mask)
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return model(
+        input_ids=torch.from_numpy(tokens), attention_mask=mask.long(), position_ids=positions
+    ).logits

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, saved, transformers_model
+from families import FAMILIES, left_padded, saved, torch_logits, transformers_model
 from jax.sharding import Mesh
 
 from dppo_jax.models.decoder import Model, full_forward
@@ -19,7 +19,6 @@ from dppo_jax.records import Prompts
 from dppo_jax.sampling import generate as generate_module
 from dppo_jax.sharding import MeshConfig, shardings_of
 
-LENGTHS = (13, 8, 1)
 NEW = 64
 
 
@@ -39,20 +38,8 @@ def case(request, tmp_path_factory, table):
     model = Model(config_of(str(folder)))
     mesh: Mesh = MeshConfig().build(jax.devices()[:1])
     params = read_params(folder, model, shardings_of(model.logical_axes, mesh))
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, model.config.vocab_size, (len(LENGTHS), max(LENGTHS)))
-    mask = np.arange(max(LENGTHS)) >= max(LENGTHS) - np.asarray(LENGTHS)[:, None]
+    tokens, mask = left_padded(model.config.vocab_size)
     return theirs, model, params, tokens, mask, table.setdefault(request.param, {})
-
-
-def torch_logits(model, tokens, mask):
-    import torch
-
-    mask = torch.from_numpy(mask)
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return model(
-        input_ids=torch.from_numpy(tokens), attention_mask=mask.long(), position_ids=positions
-    ).logits
 
 
 def gradients_of(model):
