@@ -1,0 +1,200 @@
+"""The head compiled for TPUs that are not here: memory, flops and seconds as its compiler has them.
+
+`compile_table` needs libtpu (the extra `plan`) and no TPU. It starts a Python process of its own,
+because libtpu reads its environment when JAX starts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dppo_jax.kernels import single_pass, xla
+from dppo_jax.kernels.head import fused_loss, head
+
+
+class Chip(NamedTuple):
+    """A topology of the generation, and the peaks of one JAX device in it."""
+
+    topology: str
+    bf16_flops: float  # a second
+    memory_bytes: float  # a second
+
+
+# The peaks are those of `get_tpu_info` in jax.experimental.pallas.tpu (0.10.2), whose v4 and v5p
+# count one of a device's two cores.
+CHIPS = {
+    "v4": Chip("v4:2x2x1", 275e12, 1.23e12),
+    "v5e": Chip("v5e:2x2", 197e12, 0.82e12),
+    "v5p": Chip("v5p:2x2x1", 459e12, 2.46e12),
+    "v6e": Chip("v6e:2x2", 920e12, 1.64e12),
+    "7x": Chip("tpu7x:2x2x1", 1155e12, 3.7e12),
+}
+# (N, D, V): Qwen3-8B, Gemma3-4B, Qwen3-0.6B.
+SHAPES = ((16384, 4096, 151936), (16384, 2560, 262144), (8192, 1024, 151936))
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "0",  # a program from the cache hides that memory ran out
+    "XLA_FLAGS": "",  # those of the process that asks are for its own backend
+    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks a metadata server that is not there
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def _loss(x, w, ids):
+    out = head(x, w, ids, stored_gradient=False)
+    return jnp.sum(out.logit_at[:, 0] - out.lse) + jnp.sum(out.entropy), out.logit_at
+
+
+def _fused_loss(x, w, ids):
+    def losses(terms, rows):
+        return terms.logp[:, 0] + terms.entropy
+
+    return fused_loss(losses, x, w, ids, (), stored_gradient=False)
+
+
+class Form(NamedTuple):
+    """A program of (hidden, unembedding, ids), and what is known of its costs beforehand."""
+
+    program: Callable
+    flops: int  # in units of NDV
+    reads: int  # of the unembedding and of hidden; what a perfect cache would leave
+    writes: int  # of their gradients
+    trips: Callable[[int, int], int]  # of its loop, which XLA's cost analysis counts once
+    before_loop: str | None  # the form whose program runs before the loop
+
+
+FORMS = {
+    "forward": Form(head, 2, 1, 0, lambda tokens, vocabulary: 1, None),
+    "forward_backward": Form(
+        jax.value_and_grad(_loss, (0, 1), has_aux=True), 8, 2, 1,
+        lambda tokens, vocabulary: -(-vocabulary // xla.chunk_columns(tokens, vocabulary)),
+        "forward",
+    ),
+    "single_pass": Form(
+        jax.value_and_grad(_fused_loss, (0, 1), has_aux=True), 6, 1, 1,
+        lambda tokens, vocabulary: -(-tokens // single_pass.chunk_tokens(tokens)),
+        None,
+    ),
+}  # fmt: skip
+
+
+def compile_table(
+    chips: Iterable[str] = ("v5e", "v5p", "v6e", "7x"),
+    shapes: Iterable[tuple[int, int, int]] = SHAPES,
+    forms: Iterable[str] = ("forward", "forward_backward"),
+    stored: int = 20,
+) -> list[dict[str, Any]]:
+    """One row a chip, shape (N, D, V) and form: bfloat16, J = 1 + stored ids, compiled with libtpu.
+
+    A row holds `chip`, `form`, `tokens`, `width`, `vocabulary`, `stored`;
+    `temporary_bytes` and `temporary_share` (of N x V float32 logits), beyond arguments and results;
+    `flops` and `bytes` of the compiled program, its loop counted as often as it runs;
+    `compiler_seconds`, XLA's `optimal_seconds` likewise, None where XLA has no number (for the
+    Pallas kernel it is what the kernel's own flops and bytes take at the chip's peaks);
+    `roofline_seconds`, the larger of 2, 8 or 6 NDV flops and the least traffic at the chip's peaks;
+    `compile_seconds`. Raises ValueError for names that are not in `CHIPS` and `FORMS`, RuntimeError
+    with libtpu's words where it cannot compile.
+    """
+    chips, shapes, forms = list(chips), list(shapes), list(forms)
+    for kind, names, known in (("chip", chips, list(CHIPS)), ("form", forms, list(FORMS))):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+    request = {"chips": chips, "shapes": shapes, "forms": forms, "stored": stored}
+    done = subprocess.run(
+        [sys.executable, "-m", "dppo_jax.kernels.plan", json.dumps(request)],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"compiling for {', '.join(chips)} failed:\n{done.stderr[-2000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def _rows(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for name in request["chips"]:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=CHIPS[name].topology
+        ).devices
+        mesh = jax.make_mesh((1,), ("chip",), axis_types=(AxisType.Auto,), devices=devices[:1])
+        with jax.set_mesh(mesh):
+            for shape in request["shapes"]:
+                compiled: dict[str, dict[str, float]] = {}
+                for form in request["forms"]:
+                    yield _row(name, form, mesh, tuple(shape), request["stored"], compiled)
+
+
+def _row(
+    name: str,
+    form_name: str,
+    mesh: Mesh,
+    shape: tuple[int, int, int],
+    stored: int,
+    compiled: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    tokens, width, vocabulary = shape
+    chip, form = CHIPS[name], FORMS[form_name]
+    here = NamedSharding(mesh, PartitionSpec())
+    arguments = [
+        jax.ShapeDtypeStruct((tokens, width), "bfloat16", sharding=here),
+        jax.ShapeDtypeStruct((vocabulary, width), "bfloat16", sharding=here),
+        jax.ShapeDtypeStruct((tokens, 1 + stored), "int32", sharding=here),
+    ]
+
+    def costs_of(form_name: str) -> dict[str, float]:
+        if form_name not in compiled:
+            start = time.perf_counter()
+            program = jax.jit(FORMS[form_name].program).trace(*arguments)
+            executable = program.lower(lowering_platforms=("tpu",)).compile()
+            analysis = executable.cost_analysis()
+            compiled[form_name] = {
+                "flops": analysis["flops"],
+                "bytes": analysis["bytes accessed"],
+                "seconds": analysis.get("optimal_seconds", -1.0),
+                "temporary": executable.memory_analysis().temp_size_in_bytes,
+                "compile": time.perf_counter() - start,
+            }
+        return compiled[form_name]
+
+    once = costs_of(form_name)
+    before = dict.fromkeys(once, 0.0) if form.before_loop is None else costs_of(form.before_loop)
+    trips = form.trips(tokens, vocabulary)
+
+    def total(cost: str) -> float:
+        return before[cost] + trips * (once[cost] - before[cost])
+
+    seconds_known = once["seconds"] > before["seconds"] >= 0
+    matrices = 2 * (tokens * width + vocabulary * width)
+    flops = form.flops * tokens * width * vocabulary
+    traffic = (form.reads + form.writes) * matrices
+    return {
+        "chip": name,
+        "form": form_name,
+        "tokens": tokens,
+        "width": width,
+        "vocabulary": vocabulary,
+        "stored": stored,
+        "temporary_bytes": int(once["temporary"]),
+        "temporary_share": once["temporary"] / (4 * tokens * vocabulary),
+        "flops": total("flops"),
+        "bytes": total("bytes"),
+        "compiler_seconds": total("seconds") if seconds_known else None,
+        "roofline_seconds": max(flops / chip.bf16_flops, traffic / chip.memory_bytes),
+        "compile_seconds": once["compile"],
+    }
+
+
+if __name__ == "__main__":
+    for row in _rows(json.loads(sys.argv[1])):
+        print(json.dumps(row), flush=True)
