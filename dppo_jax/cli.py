@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     data = verbs.add_parser("data", help="Data sets on disk.").add_subparsers(
         required=True, metavar="WHAT"
     )
-    data_command.add_verbs(data, verb)
+    data_command.add_verbs(data, verb, _data_show)
     return parser
 
 
@@ -316,6 +316,24 @@ def _recipe_arguments(path: Path, *names: str) -> dict[str, Any]:
     from dppo_jax.train import train
 
     return load_recipe(path, train, (), GIVEN).arguments(*names)
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    if options.recipe is None:
+        tokenizer = data_command.tokenizer_of(options)
+        data_command.show(options, tokenizer, options.data_dir or "runs/data", None)
+        return
+    if options.tokenizer is not None:
+        raise ValueError("the recipe has a tokenizer of its own: give --recipe or --tokenizer")
+    _start_jax()
+    from dppo_jax.config import load_recipe, split_overrides
+    from dppo_jax.train import train
+
+    overrides, _ = split_overrides(options.overrides)
+    recipe = load_recipe(options.recipe, train, overrides, GIVEN)
+    given = recipe.arguments("tokenizer", "data_dir", "max_prompt_tokens")
+    data_dir = options.data_dir or given["data_dir"]
+    data_command.show(options, given["tokenizer"], data_dir, given["max_prompt_tokens"])
 
 
 def _start_jax() -> None:

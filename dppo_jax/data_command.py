@@ -1,14 +1,21 @@
-"""`dppo data prepare`: data sets from their files, their public homes, or anyone's own rows."""
+"""`dppo data prepare` and `dppo data show`: data sets to disk, and what a policy sees of them."""
 
 import argparse
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dppo_jax.prompts.tokenizers import Tokenizer
 
 _OWN_FIELDS = ("prompt", "answer", "solution", "subject", "level")
 
 
-def add_verbs(data: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
+def add_verbs(
+    data: Any,
+    verb: Callable[..., argparse.ArgumentParser],
+    run_show: Callable[[argparse.Namespace], None],
+) -> None:
     """Adds the verbs below `dppo data`."""
     prepare = verb(
         data,
@@ -30,6 +37,85 @@ def add_verbs(data: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
         prepare.add_argument(f"--{field}-field", help="of your own rows; a.b leads into objects")
     prepare.add_argument("--data-dir", default="runs/data", help="(default: runs/data)")
     prepare.add_argument("--json", action="store_true", help="print one JSON object")
+
+    show = verb(
+        data,
+        "show",
+        run_show,
+        "Problems of a prepared set as the policy sees them: text, tokens, answer; any "
+        "--gin.NAME=VALUE overrides the recipe.",
+        "dppo data show gsm8k -n 2 --recipe configs/recipes/gsm8k_cpu.gin\n"
+        "         dppo data show aime24 --tokenizer MODEL_DIR --user boxed",
+    )
+    show.add_argument("name")
+    show.add_argument("-n", type=int, default=3, help="problems to show (default: 3)")
+    show.add_argument("--split", help="(default: train, or test where there is no train)")
+    show.add_argument("--recipe", help="take tokenizer, template and data folder of this recipe")
+    show.add_argument(
+        "--tokenizer", metavar="DIR", help="a model's folder: its tokenizer.json and chat template"
+    )
+    show.add_argument("--user", default="problem", help="with --tokenizer: problem, boxed, dapo, or"
+                      " text with {problem}")  # fmt: skip
+    show.add_argument("--system", help="with --tokenizer: the system prompt")
+    show.add_argument("--data-dir", help="(default: the recipe's, or runs/data)")
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def show(
+    options: argparse.Namespace,
+    tokenizer: "Tokenizer | None",
+    data_dir: str,
+    max_prompt_tokens: int | None,
+) -> None:
+    """Prints the first problems of a set, and how long all of its prompts are."""
+    from dppo_jax.prompts.store import load, splits_of
+    from dppo_jax.prompts.templates import rendered
+
+    if options.n < 0:
+        raise ValueError(f"-n {options.n}: a number of problems to show")
+    splits = splits_of(options.name, data_dir)
+    split = options.split or ("test" if splits and "train" not in splits else "train")
+    source = load(options.name, data_dir, split)
+    problems: list[dict[str, Any]] = []
+    for index in range(min(options.n, len(source))):
+        example = source[index]
+        problem = {"id": example.id, "text": example.prompt, "answer": example.answer}
+        problem |= {k: v for k in ("subject", "level") if (v := getattr(example, k))}
+        if tokenizer is not None:
+            problem["text"] = rendered(tokenizer, example.prompt)
+            problem["tokens"] = len(tokenizer.encode(example.prompt))
+        problems.append(problem)
+    summary: dict[str, Any] = {"name": options.name, "split": split, "problems": len(source)}
+    if tokenizer is not None:
+        counts = sorted(len(tokenizer.encode(example.prompt)) for example in source)
+        middle, most = counts[len(counts) // 2], counts[int(0.99 * (len(counts) - 1))]
+        summary["tokens"] = {
+            "shortest": counts[0], "median": middle, "99 % are at most": most, "longest": counts[-1]
+        }  # fmt: skip
+        if max_prompt_tokens is not None:
+            long = sum(count > max_prompt_tokens for count in counts)
+            summary["tokens"][f"more than max_prompt_tokens={max_prompt_tokens}"] = long
+    if options.json:
+        print(json.dumps(summary | {"shown": problems}))
+        return
+    for problem in problems:
+        labels = [f"answer {problem['answer']}"]
+        labels += [f"{k} {problem[k]}" for k in ("subject", "level", "tokens") if k in problem]
+        print(f"---- {problem['id']}: {', '.join(labels)}\n{problem['text']}")
+    lengths = ", ".join(f"{name} {count}" for name, count in summary.get("tokens", {}).items())
+    print(f"---- {options.name} {split}: {len(source)} problems"
+          + (f"; prompt tokens: {lengths}" if lengths else ""))  # fmt: skip
+
+
+def tokenizer_of(options: argparse.Namespace) -> "Tokenizer | None":
+    """The tokenizer of --tokenizer, with its chat template; None where it was not given."""
+    from dppo_jax.prompts.templates import TemplatedTokenizer, chat
+    from dppo_jax.prompts.tokenizers import HuggingFaceTokenizer
+
+    if options.tokenizer is None:
+        return None
+    template = chat(options.tokenizer, user=options.user, system=options.system)
+    return TemplatedTokenizer(HuggingFaceTokenizer(options.tokenizer), template)
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -8,6 +8,9 @@
     rows, sources    jsonl, json and parquet files; a folder, a file or a public home
     store        prepare and load: every data set as TFDS array_record files
     tokenizers   SentencePiece and Hugging Face tokenizers behind one protocol
+    templates    chat templates, instructions and worked examples around a problem
+    mixture      several sets with weights, curricula
+    overlap      problems that are in training and in evaluation
     pipeline     shuffled, sharded, resumable batches of tokenised prompts; evaluation batches
 
 This package imports nothing by itself, so that `rewards` can read `examples` without jax.
