@@ -51,31 +51,41 @@ def test_the_readme_names_files_that_exist():
         assert (REPOSITORY / name).exists(), name
 
 
-def test_the_readme_objective_runs():
-    """The worked example of "Add an objective": its gradient against its own closed form."""
+def test_the_readme_objective_runs(tmp_path, monkeypatch):
+    """The worked example of "Add an objective", as a module that a recipe imports: its gradient
+    against its own closed form, -A·r·M + 2·pull·log r."""
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    made: dict = {}
-    exec(example, made)
-    mu, pi, advantage, delta = 0.3, 0.5, 0.7, 0.15
-    shape = (1, 1)
-    nothing = jnp.zeros((1, 1, 0))
+    assert len(example.splitlines()) <= 30
+    (tmp_path / "mine.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    overlay = tmp_path / "ablation.gin"
+    overlay.write_text(
+        "from __gin__ import dynamic_registration\nfrom dppo_jax import train\nimport mine\n"
+        f'include "{CONFIGS / "recipes" / "arithmetic_cpu.gin"}"\n'
+        "train.train.objective = @mine.masked_with_pull()\nmine.masked_with_pull.pull = 0.01\n"
+    )
+    recipe = load_recipe(overlay, train, given=("workdir", "console"))
+    objective = recipe.arguments("objective")["objective"]
+    mu, pi = np.array([[0.3, 0.3, 0.8]]), np.array([[0.55, 0.4, 0.5]])
+    advantages = np.array([[0.7, 0.7, 0.7]])
+    shape, nothing = mu.shape, jnp.zeros((1, 3, 0))
     rollout = Rollout(
         prompt_tokens=jnp.zeros((1, 1), jnp.int32),
         prompt_mask=jnp.ones((1, 1), bool),
         response_tokens=jnp.zeros(shape, jnp.int32),
         response_mask=jnp.ones(shape, bool),
-        logp_rollout=jnp.full(shape, np.log(mu), jnp.float32),
+        logp_rollout=jnp.asarray(np.log(mu), jnp.float32),
         topk_ids=nothing.astype(jnp.int32),
         topk_logp_rollout=nothing,
         entropy_rollout=jnp.zeros(shape),
         finish_reason=jnp.ones((1,), jnp.int32),
     )
-    batch = Batch(rollout, jnp.full(shape, advantage, jnp.float32))
+    batch = Batch(rollout, jnp.asarray(advantages, jnp.float32))
 
     def loss(logp):
-        return made["drpo"](delta=delta).loss(TokenStats(logp, nothing, logp), batch).loss_sum
+        return objective.loss(TokenStats(logp, nothing, logp), batch).loss_sum
 
-    gradient = jax.grad(loss)(jnp.full(shape, np.log(pi), jnp.float32))
-    # Eq. 9 of the paper: -w·r·A with w = 1 - sign(A(r-1))·|π - μ| / δ.
-    weight = 1 - abs(pi - mu) / delta
-    np.testing.assert_allclose(gradient[0, 0], -weight * pi / mu * advantage, rtol=1e-5)
+    gradient = jax.grad(loss)(jnp.asarray(np.log(pi), jnp.float32))
+    kept = np.array([[0, 1, 1]])  # the first rose by 0.25, the last comes back
+    expected = -advantages * kept * pi / mu + 0.02 * np.log(pi / mu)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4)

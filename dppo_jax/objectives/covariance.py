@@ -80,7 +80,9 @@ def kl_cov(
         chosen = mask & _smallest(
             jnp.where(mask, -covariance(stats, batch), jnp.inf), fraction, mask
         )
-        penalty = coefficient * jnp.abs(stats.logp - logp_anchor)
+        gap = stats.logp - logp_anchor
+        # |gap| whose gradient at 0, on policy, is 0: that of jnp.abs is 1
+        penalty = coefficient * jax.lax.stop_gradient(jnp.sign(gap)) * gap
         kept = jnp.ones(loss.shape, jnp.bool_)
         return TokenLoss(loss + jnp.where(chosen, penalty, 0.0), kept)
 

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
-from dppo_jax.objectives.measures import Anchor, importance_ratio, rollout_anchor
+from dppo_jax.objectives.measures import (
+    LOG_RATIO_CEILING,
+    Anchor,
+    importance_ratio,
+    rollout_anchor,
+)
 from dppo_jax.objectives.policy_gradient import TokenLoss, from_sequence_loss, from_token_loss
 from dppo_jax.records import Batch, Objective, TokenStats
 
@@ -51,19 +56,18 @@ def minpro(
     centre = anchor()
 
     def token_loss(stats: TokenStats, batch: Batch) -> TokenLoss:
-        logp_anchor = centre.logps(batch).logp
-        ratio = importance_ratio(stats.logp, logp_anchor)
-        weight = jnp.minimum(ratio * _smallest_before(ratio, batch), cap)
-        return _score(weight, stats, batch)
+        gap = jax.lax.stop_gradient(stats.logp - centre.logps(batch).logp)
+        log_weight = jnp.minimum(gap + _smallest_before(gap, batch), LOG_RATIO_CEILING)
+        return _score(jnp.minimum(jnp.exp(log_weight), cap), stats, batch)
 
     return from_sequence_loss(token_loss, aggregate=aggregate, needs=centre.needs)
 
 
-def _smallest_before(ratio: Float[Array, "B T"], batch: Batch) -> Float[Array, "B T"]:
-    """min_{j<t} r_j over response tokens; 1 where there is none before."""
-    so_far = jax.lax.cummin(jnp.where(batch.rollout.response_mask, ratio, jnp.inf), axis=1)
+def _smallest_before(gap: Float[Array, "B T"], batch: Batch) -> Float[Array, "B T"]:
+    """min_{j<t} log r_j over response tokens; 0 where there is none before."""
+    so_far = jax.lax.cummin(jnp.where(batch.rollout.response_mask, gap, jnp.inf), axis=1)
     before = jnp.pad(so_far[:, :-1], [(0, 0), (1, 0)], constant_values=jnp.inf)
-    return jnp.where(before == jnp.inf, 1.0, before)
+    return jnp.where(before == jnp.inf, 0.0, before)
 
 
 def _score(weight: Float[Array, "B T"], stats: TokenStats, batch: Batch) -> TokenLoss:

@@ -107,7 +107,7 @@ def loss_and_gradient(objective, stats, batch):
         result = objective.loss(stats, batch)
         return result.loss_sum, result
 
-    (_, result), gradient = jax.value_and_grad(loss_sum, has_aux=True)(stats)
+    (_, result), gradient = jax.jit(jax.value_and_grad(loss_sum, has_aux=True))(stats)
     return result, gradient
 
 

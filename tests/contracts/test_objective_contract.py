@@ -1,4 +1,7 @@
-"""What every objective must do, over the table of variants."""
+"""What every objective must do, over the table of methods and some of their options.
+
+One compiled function an objective: all batches have the shape of BATCH.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -8,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from objective_batches import loss_and_gradient, make_batch, scribble_padding, take_rows
-from objective_variants import VARIANTS
+from objective_variants import EXEMPT, SCORES, VARIANTS
 
+from dppo_jax import objectives as o
 from dppo_jax.records import Max, Mean, fold_metrics
+from dppo_jax.scoring import by_token
 
 pytestmark = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 
@@ -24,12 +29,32 @@ COMMON_METRICS = {
     "entropy/mean",
     "policy/kl_rollout",
 }
-BATCH = make_batch(seed=3)
+ROWS, COLUMNS = 6, 13
+BATCH = make_batch(seed=4, b=ROWS, t=COLUMNS)
+AGGREGATIONS = (o.token_mean, o.seq_mean_token_mean, o.seq_mean_token_sum_norm)
+
+
+@cache
+def compiled(variant):
+    def call(stats, batch):
+        state = variant.objective.initial_state
+        return loss_and_gradient(variant.objective, stats, replace(batch, objective_state=state))
+
+    return jax.jit(call)
 
 
 @cache
 def evaluated(variant):
-    return loss_and_gradient(variant.objective, *BATCH)
+    return compiled(variant)(*BATCH)
+
+
+def exempt(variant, contract):
+    if reason := EXEMPT[contract].get(variant.name):
+        pytest.skip(reason)
+
+
+def with_mask(batch, mask):
+    return replace(batch, rollout=replace(batch.rollout, response_mask=jnp.asarray(mask)))
 
 
 def assert_same(left, right, **tolerance):
@@ -39,14 +64,15 @@ def assert_same(left, right, **tolerance):
 
 
 def test_says_what_it_needs(variant):
-    assert variant.objective.needs == variant.needs
+    """A batch without logp_old is refused by those who need it, in one line, and by no others."""
     stats, batch = BATCH
     bare = replace(batch, logp_old=None, topk_logp_old=None)
-    if "logp_old" in variant.needs:
+    call = variant.objective.loss
+    if "logp_old" in variant.objective.needs:
         with pytest.raises(ValueError, match="logp_old"):
-            variant.objective.loss(stats, bare)
+            jax.eval_shape(call, stats, bare)
     else:
-        assert_same(variant.objective.loss(stats, bare), evaluated(variant)[0])
+        jax.eval_shape(call, stats, bare)
 
 
 def test_metrics_are_unreduced_and_complete(variant):
@@ -57,111 +83,216 @@ def test_metrics_are_unreduced_and_complete(variant):
         assert all(np.isfinite(part) and np.shape(part) == () for part in metric), name
 
 
-def test_gradient_is_the_masked_weighted_score(variant):
-    """d loss_sum / d logp is 0 or -A min(r, C) times the token's weight, on response tokens only;
-    the other statistics get no gradient."""
+def test_dropped_tokens_have_no_gradient_and_others_do(variant):
+    """mask/fraction counts, among tokens with A ≠ 0, exactly those without gradient."""
+    exempt(variant, "what is dropped is silent")
+    stats, batch = BATCH
+    result, gradient = evaluated(variant)
+    mask = np.asarray(batch.rollout.response_mask)
+    silent = np.asarray(gradient.logp) == 0
+    assert silent[~mask].all()
+    assert not gradient.topk_logp.any()
+    decided = mask & (np.asarray(batch.advantages) != 0)
+    if "correction/weight" not in result.metrics:
+        np.testing.assert_array_equal(
+            result.metrics["mask/fraction"], Mean((decided & silent).sum(), decided.sum())
+        )
+    exempt(variant, "something is kept")
+    assert (decided & ~silent).any()
+
+
+def test_the_policys_gradient_is_the_masked_weighted_score(variant):
+    """d loss_sum / d logp is 0 or -A min(r, C) times the token's weight."""
+    if variant.name not in SCORES:
+        pytest.skip("not a score-function loss")
     stats, batch = BATCH
     result, gradient = evaluated(variant)
     mask = np.asarray(batch.rollout.response_mask)
     ratio = np.exp(np.asarray(stats.logp, np.float64) - np.asarray(batch.rollout.logp_rollout))
-    score = -np.asarray(batch.advantages, np.float64) * np.minimum(ratio, variant.cap)
+    cap = SCORES[variant.name] or np.inf
+    score = -np.asarray(batch.advantages, np.float64) * np.minimum(ratio, cap)
     ours = np.asarray(gradient.logp, np.float64)
-    assert not ours[~mask].any()
-    assert not gradient.topk_logp.any() and not gradient.entropy.any()
     kept = ours != 0
-    weights = ours[kept] / score[kept]
-    assert (weights > 0).all()
-    decided = mask & (np.asarray(batch.advantages) != 0)
-    dropped = (decided & ~kept).sum()
-    assert result.metrics["mask/fraction"] == Mean(dropped, decided.sum())
-    assert kept.any() and (dropped > 0) == variant.measures
-    # within a sequence every kept token weighs the same
-    for row in range(mask.shape[0]):
+    for row in range(ROWS):  # within a sequence every kept token weighs the same
         in_row = ours[row][kept[row]] / score[row][kept[row]]
+        assert (in_row > 0).all()
         np.testing.assert_allclose(in_row, in_row[:1].repeat(len(in_row)), rtol=1e-5)
     np.testing.assert_allclose(
-        result.loss_sum, (ours * np.asarray(stats.logp))[mask].sum(), rtol=1e-4
+        result.loss_sum, (ours * np.asarray(stats.logp))[mask].sum(), rtol=1e-4, atol=2e-6
     )
 
 
-def test_moving_back_is_never_dropped(variant):
-    """With A > 0 and π below both μ and old (or A < 0 and above), every token is kept."""
+def test_on_policy_it_is_reinforce(variant):
+    """Where π = old = μ the gradient is -A times the aggregation's weight of the token."""
+    exempt(variant, "on policy it is REINFORCE")
     stats, batch = BATCH
-    sign = jnp.asarray(np.where(np.arange(6) % 2, 1.0, -1.0)[:, None], jnp.float32)
+    rollout = batch.rollout
+    on_policy = replace(stats, logp=rollout.logp_rollout, topk_logp=rollout.topk_logp_rollout)
+    batch = replace(batch, logp_old=rollout.logp_rollout, topk_logp_old=rollout.topk_logp_rollout)
+    _, gradient = compiled(variant)(on_policy, batch)
+    weights = [aggregate(rollout.response_mask).token for aggregate in AGGREGATIONS]
+    weights.append(weights[0] / 64)  # the options' horizon
+    wanted = [np.asarray(-batch.advantages * weight) for weight in weights]
+    errors = [np.abs(gradient.logp - one).max() for one in wanted]
+    assert min(errors) < 1e-6, errors
+
+
+def test_moving_back_is_kept(variant):
+    """With A > 0 and π below both μ and old (or A < 0 and above), every token is kept."""
+    exempt(variant, "moving back is kept")
+    stats, batch = BATCH
+    sign = jnp.asarray(np.where(np.arange(ROWS) % 2, 1.0, -1.0)[:, None], jnp.float32)
     low = jnp.minimum(batch.rollout.logp_rollout, batch.logp_old)
     high = jnp.maximum(batch.rollout.logp_rollout, batch.logp_old)
     logp = jnp.where(sign > 0, low - 1.5, jnp.minimum(high + 1.5, -1e-6))
-    back = jnp.where(sign > 0, logp < low, logp > high)
+    back = jnp.where(sign > 0, logp < low, logp > high) & batch.rollout.response_mask
     advantages = jnp.broadcast_to(sign, logp.shape)
-    _, gradient = loss_and_gradient(
-        variant.objective, replace(stats, logp=logp), replace(batch, advantages=advantages)
+    _, gradient = compiled(variant)(
+        replace(stats, logp=logp), with_mask(replace(batch, advantages=advantages), back)
     )
-    inside = np.asarray(back & batch.rollout.response_mask)
+    inside = np.asarray(back)
     assert (inside & np.asarray(advantages > 0)).sum() > 3
     assert (inside & np.asarray(advantages < 0)).sum() > 3
     assert (np.sign(np.asarray(gradient.logp)) == -np.asarray(advantages))[inside].all()
 
 
+def test_without_advantage_there_is_no_gradient(variant):
+    stats, batch = BATCH
+    result, gradient = compiled(variant)(
+        stats, replace(batch, advantages=jnp.zeros_like(batch.advantages))
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((result, gradient)))
+    assert result.metrics["mask/fraction"] == Mean(0.0, 0.0)
+    exempt(variant, "no advantage, no gradient")
+    assert result.loss_sum == 0 and not gradient.logp.any()
+
+
 def test_padding_changes_nothing(variant):
-    """Neither what stands outside response_mask nor more columns of it, in value or gradient."""
-    stats, batch = scribble_padding(*BATCH, columns=3)
-    result, gradient = loss_and_gradient(variant.objective, stats, batch)
+    """Whatever stands outside response_mask, NaN included, in value, metrics or gradient."""
+    result, gradient = compiled(variant)(*scribble_padding(*BATCH, columns=0))
     assert_same(result, evaluated(variant)[0], rtol=1e-6)
-    columns = BATCH[0].logp.shape[1]
-    assert not any(leaf[:, columns:].any() for leaf in jax.tree.leaves(gradient))
-    inside = jax.tree.map(lambda leaf: leaf[:, :columns], gradient)
-    assert_same(inside, evaluated(variant)[1], rtol=1e-6)
+    assert_same(gradient, evaluated(variant)[1], rtol=1e-6)
+
+
+def test_columns_without_tokens_change_nothing(variant):
+    """The first columns alone, where the rest is padding."""
+    if variant.name == "dr_grpo":
+        pytest.skip("its default horizon is the number of columns")
+    stats, batch = BATCH
+    mask = np.asarray(batch.rollout.response_mask) & (np.arange(COLUMNS) < 7)
+    batch = with_mask(batch, mask)
+    wide, gradient = compiled(variant)(stats, batch)
+    state = variant.objective.initial_state
+
+    def narrow(leaf):
+        return leaf[:, :7] if leaf.ndim > 1 and leaf.shape[1] == COLUMNS else leaf
+
+    cut = replace(jax.tree.map(narrow, batch), objective_state=state)
+    result = variant.objective.loss(jax.tree.map(narrow, stats), cut)
+    assert_same(result, wide, rtol=1e-5, atol=2e-6)
+    assert not gradient.logp[:, 7:].any()
 
 
 def test_sums_add_over_microbatches(variant):
-    """Any split by sequences, the empty one included, gives the same sums, metrics, gradient."""
+    """Any split by sequences gives the same sums, metrics and gradient."""
+    if variant.objective.scope == "batch":
+        pytest.skip("declared to depend on the microbatch")
     whole, gradient = evaluated(variant)
-    rows = [np.array([5, 0, 3]), np.array([1, 2, 4])]
-    parts = [loss_and_gradient(variant.objective, *take_rows(BATCH, r)) for r in rows]
+    mask = np.asarray(BATCH[1].rollout.response_mask)
+    first = np.isin(np.arange(ROWS), [0, 3, 5])[:, None]
+    stats, batch = BATCH
+    parts = [compiled(variant)(stats, with_mask(batch, mask & part)) for part in (first, ~first)]
     results = [result for result, _ in parts]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
-    np.testing.assert_allclose(stacked.loss_sum.sum(), whole.loss_sum, rtol=2e-5)
+    np.testing.assert_allclose(stacked.loss_sum.sum(), whole.loss_sum, rtol=2e-5, atol=2e-6)
     assert stacked.weight_sum.sum() == whole.weight_sum
-    assert_same(fold_metrics(stacked.metrics), whole.metrics, rtol=2e-5)
-    for part_rows, (_, part_gradient) in zip(rows, parts, strict=True):
-        assert_same(part_gradient, take_rows(gradient, part_rows), rtol=1e-6)
+    assert_same(fold_metrics(stacked.metrics), whole.metrics, rtol=2e-5, atol=2e-6)
+    assert_same(jax.tree.map(jnp.add, parts[0][1], parts[1][1]), gradient, rtol=1e-6)
+
+
+def test_order_of_sequences_changes_nothing(variant):
+    order = np.array([4, 2, 5, 0, 1, 3])
+    result, gradient = compiled(variant)(*take_rows(BATCH, order))
+    assert_same(result, evaluated(variant)[0], rtol=2e-5, atol=2e-6)
+    assert_same(gradient, take_rows(evaluated(variant)[1], order), rtol=2e-5, atol=1e-8)
+
+
+def test_a_token_alone_has_the_loss_that_it_has_among_others(variant):
+    """Objectives that say so: weights · token_local.loss over tokens alone is the loss sum."""
+    local = variant.objective.token_local
+    assert (local is not None) == (variant.objective.scope == "token")
+    if local is None:
+        pytest.skip("looks at other tokens")
+    stats, batch = BATCH
+    rows = by_token(batch)
+    alone = jax.tree.map(lambda leaf: leaf.reshape(ROWS * COLUMNS, 1, *leaf.shape[2:]), stats)
+    weights = local.weights(batch.rollout.response_mask).reshape(-1, 1)
+    total = jnp.sum(weights * local.loss(alone, rows))
+    np.testing.assert_allclose(total, evaluated(variant)[0].loss_sum, rtol=2e-5, atol=1e-6)
 
 
 def test_weight_sum_ignores_the_policy(variant):
     _, batch = BATCH
-    other, _ = make_batch(seed=4)
-    assert variant.objective.loss(other, batch).weight_sum == evaluated(variant)[0].weight_sum
+    other, _ = make_batch(seed=3, b=ROWS, t=COLUMNS)
+    assert compiled(variant)(other, batch)[0].weight_sum == evaluated(variant)[0].weight_sum
 
 
 def test_no_token_at_all_gives_zeros(variant):
     stats, batch = BATCH
-    nothing = jnp.zeros_like(batch.rollout.response_mask)
-    empty = replace(batch, rollout=replace(batch.rollout, response_mask=nothing))
-    result, gradient = loss_and_gradient(variant.objective, stats, empty)
+    nothing = np.zeros((ROWS, COLUMNS), bool)
+    result, gradient = compiled(variant)(stats, with_mask(batch, nothing))
     assert result.loss_sum == 0 and result.weight_sum == 0
     assert not gradient.logp.any()
-    assert all(float(part) == 0.0 for metric in result.metrics.values() for part in metric)
+    common = [part for name in COMMON_METRICS for part in result.metrics[name]]
+    assert all(float(part) == 0.0 for part in common)
+    assert all(np.isfinite(part) for metric in result.metrics.values() for part in metric)
 
 
 EXTREMES = [0.0, -1e-7, -30.0, -80.0, -1e4]
 
 
-def test_finite_at_extremes(variant):
-    """Every pair of extreme log-probabilities (ratios up to e^10000), both signs of A."""
-    mu, pi = (jnp.asarray(v.ravel(), jnp.float32) for v in np.meshgrid(EXTREMES, EXTREMES))
-    pairs = mu.shape[0]
-    stats, batch = make_batch(b=2, t=pairs)
-    rollout = replace(
-        batch.rollout,
-        response_mask=jnp.ones((2, pairs), jnp.bool_),
-        logp_rollout=jnp.stack([mu, mu]),
-    )
-    batch = replace(
-        batch,
-        rollout=rollout,
-        advantages=jnp.stack([jnp.ones(pairs), -jnp.ones(pairs)]),
-        logp_old=jnp.stack([mu, mu]),
-    )
-    stats = replace(stats, logp=jnp.stack([pi, pi]))
-    result, gradient = loss_and_gradient(variant.objective, stats, batch)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((result, gradient)))
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "whole sequences"])
+def test_finite_at_extremes(variant, mixed):
+    """Every pair of extreme log-probabilities (ratios up to e^10000), every sign of A."""
+    stats, batch = BATCH
+    pairs = np.stack(np.meshgrid(EXTREMES, EXTREMES), -1).reshape(-1, 2)
+    pairs = np.concatenate([pairs, [(-1.0, -1.0)]])  # 26: two sequences of 13
+    if mixed:
+        mu, pi = np.tile(pairs.reshape(2, COLUMNS, 2), (3, 1, 1)).transpose(2, 0, 1)
+        signs = [[1.0], [1.0], [-1.0], [-1.0], [0.0], [0.0]]
+        runs = [(mu, pi, signs)]
+    else:
+        runs = [
+            (*np.repeat(pairs[start : start + 6, None], COLUMNS, 1).transpose(2, 0, 1), signs)
+            for start in range(0, 24, 6)
+            for signs in ([[1.0]] * 6, [[-1.0]] * 6)
+        ]
+    for mu, pi, signs in runs:
+        mu, pi = jnp.asarray(mu, jnp.float32), jnp.asarray(pi, jnp.float32)
+        rollout = replace(
+            batch.rollout,
+            response_mask=jnp.ones((ROWS, COLUMNS), jnp.bool_),
+            logp_rollout=mu,
+        )
+        extreme = replace(
+            batch,
+            rollout=rollout,
+            advantages=jnp.broadcast_to(jnp.asarray(signs, jnp.float32), (ROWS, COLUMNS)),
+            logp_old=mu,
+        )
+        outcome = compiled(variant)(replace(stats, logp=pi), extreme)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome))
+
+
+def test_types_are_kept(variant):
+    """bfloat16 statistics: sums and metrics are float32, gradients have their input's type."""
+    stats, batch = BATCH
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), stats)
+    batch = replace(batch, objective_state=variant.objective.initial_state)
+
+    def leaves(stats, batch):
+        return [jax.tree.leaves(o) for o in loss_and_gradient(variant.objective, stats, batch)]
+
+    result, gradient = jax.eval_shape(leaves, half, batch)
+    assert {leaf.dtype for leaf in result} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in gradient} == {jnp.dtype("bfloat16")}
