@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from dppo_jax import cli
 from dppo_jax.models.decoder import DecoderConfig, Model
 from dppo_jax.records import Prompts
+from dppo_jax.verbs import command
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -96,7 +97,7 @@ def compiled_programs_are_kept(tmp_path_factory):
 def dppo() -> Callable[..., Finished]:
     """The command line in this process: dppo("train", recipe, ...) -> status and output."""
 
-    cli._start_jax = lambda: None  # its settings are the process's; tests have their own
+    command.start_jax = lambda: None  # its settings are the process's; tests have their own
 
     def run(*arguments: object) -> Finished:
         out, err, status = io.StringIO(), io.StringIO(), 0

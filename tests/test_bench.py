@@ -70,3 +70,53 @@ def test_bench_step_for_people(capsys):
     shown = capsys.readouterr().out
     for text in (*names, "0.500 s", "2.0 GFLOP", "25% of peak", "1,234", "10 GFLOP/s"):
         assert text in shown
+
+
+def test_the_head_is_measured_in_every_form_that_runs_here(dppo):
+    """Small sizes: what is checked is the report, not the speed."""
+    run = dppo(
+        "bench", "head", "--json", "--tokens=64", "--width=8", "--vocab=300", "--top-k=3",
+        "--repeats=1",
+    )  # fmt: skip
+    assert run.status == 0, run.err
+    result = json.loads(run.out)
+    assert set(result["forms"]) == {
+        "naive", "chunked", "xla", "pallas_tpu", "single_pass", "tokamax"
+    }  # fmt: skip
+    assert "TPU" in result["forms"]["pallas_tpu"]["skipped"]
+    for form in ("naive", "chunked", "xla", "single_pass"):
+        for part in ("forward", "both"):
+            found = result["forms"][form][part]
+            assert found["seconds"] > 0 and found["temporary_bytes"] >= 0
+            assert found["fraction_of_useful_peak"] <= found["fraction_of_peak"]
+    product = 2 * 64 * 8 * 300
+    assert result["forms"]["single_pass"]["both"]["flops"] == 3 * product
+    assert result["forms"]["xla"]["both"]["flops"] == 4 * product
+
+
+def test_the_forms_of_the_head_compute_the_same_thing():
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from dppo_jax.bench_head import FORMS
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    arrays = (
+        jax.random.normal(keys[0], (24, 6)),
+        jax.random.normal(keys[1], (40, 6)),
+        jax.random.randint(keys[2], (24, 4), 0, 40),
+        jax.random.normal(keys[3], (24,)),
+    )
+    results = {
+        name: jax.value_and_grad(FORMS[name], (0, 1), has_aux=True)(*arrays)
+        for name in ("naive", "chunked", "xla", "single_pass")
+    }
+    for got in results.values():
+        for a, b in zip(*map(jax.tree.leaves, (got, results["naive"])), strict=True):
+            np.testing.assert_allclose(jnp.asarray(a), b, atol=2e-5)
+
+
+def test_a_form_that_does_not_exist(dppo):
+    run = dppo("bench", "head", "--forms=xla,fast")
+    assert run.status == 2 and "unknown form 'fast'; known: naive, chunked" in run.err

@@ -67,7 +67,7 @@ def test_stories_are_sampled_by_the_real_model(dppo, small, tmp_path):
 def test_start_up_settings():
     """The command keeps compiled programs where it is told to, and the allocator takes its word."""
     code = (
-        "import jax, jax.numpy as jnp; from dppo_jax import cli; cli._start_jax();"
+        "import jax, jax.numpy as jnp; from dppo_jax.verbs.command import start_jax; start_jax();"
         "print(jax.config.jax_compilation_cache_dir, float(jnp.ones(8).sum()))"
     )
     given = os.environ | {"JAX_COMPILATION_CACHE_DIR": "/nowhere/in/particular"}

@@ -1,23 +1,18 @@
-"""The verbs `dppo import-hf` and `dppo export-hf`. Heavy imports happen inside them."""
+"""Verbs about Hugging Face folders: import-hf, export-hf."""
 
 import argparse
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# name, command, summary, example -> the verb's parser
-AddVerb = Callable[[str, Callable[[argparse.Namespace], None], str, str], argparse.ArgumentParser]
+from dppo_jax.verbs import command
+from dppo_jax.verbs.command import GIVEN, Failure, add_verb
 
 
-# a recipe, names of train()'s arguments -> the arguments, built
-ArgumentsOf = Callable[..., dict[str, Any]]
-
-
-def add_verbs(add: AddVerb, arguments_of: ArgumentsOf) -> None:
-    """Adds both to the command line."""
-    importer = add(
+def add(verbs: Any) -> None:
+    """Adds them to the parser's verbs."""
+    importer = add_verb(
+        verbs,
         "import-hf",
         _import,
         "Read a Hugging Face folder into a checkpoint that runs start from. A recipe can also name "
@@ -34,9 +29,10 @@ def add_verbs(add: AddVerb, arguments_of: ArgumentsOf) -> None:
     )
     importer.add_argument("--json", action="store_true", help="print one JSON object")
 
-    exporter = add(
+    exporter = add_verb(
+        verbs,
         "export-hf",
-        lambda options: _export(options, arguments_of),
+        _export,
         "Write a run's newest checkpoint as a folder that transformers loads.",
         "dppo export-hf runs/RUN my-model --dtype bfloat16",
     )
@@ -54,6 +50,7 @@ def add_verbs(add: AddVerb, arguments_of: ArgumentsOf) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    command.start_jax()
     from dppo_jax.hf_exchange import architecture_of, check_new, read_hf, write_checkpoint
     from dppo_jax.sharding import MeshConfig
 
@@ -74,11 +71,11 @@ def _import(options: argparse.Namespace) -> None:
         write_checkpoint(imported, out)
     _show(report, f"{folder} -> {out}", options.json)
     if not correct:
-        print(f"dppo: {folder} differs from transformers: {out} not written", file=sys.stderr)
-        sys.exit(1)
+        raise Failure(f"{folder} differs from transformers: {out} not written")
 
 
-def _export(options: argparse.Namespace, arguments_of: ArgumentsOf) -> None:
+def _export(options: argparse.Namespace) -> None:
+    command.start_jax()
     from dppo_jax.hf_exchange import ORIGIN, check_new, export_hf
     from dppo_jax.models.hf_config import config_of
     from dppo_jax.sharding import MeshConfig
@@ -89,22 +86,24 @@ def _export(options: argparse.Namespace, arguments_of: ArgumentsOf) -> None:
     if (like / "config.json").is_file():
         config, start = config_of(str(like)), like
     else:
-        config, start = _of_run(checkpoint, arguments_of)
+        config, start = _of_run(checkpoint)
     like = Path(options.like).expanduser() if options.like else start
     dtype = export_hf(checkpoint, out, config, MeshConfig().build(), like=like, dtype=options.dtype)
     report = {"path": str(out), "dtype": dtype, "like": str(like) if like else None}
     _show(report, f"{checkpoint} -> {out}", options.json)
 
 
-def _of_run(run: Path, arguments_of: ArgumentsOf):
+def _of_run(run: Path):
     """A run's DecoderConfig, and the Hugging Face folder that it started from, if any."""
+    from dppo_jax.config import load_recipe
     from dppo_jax.hf_exchange import ORIGIN
     from dppo_jax.initial_policy import CheckpointPolicy, HuggingFacePolicy
+    from dppo_jax.train import train
 
     recipe = run / "operative_config.gin"
     if not recipe.is_file():
         raise ValueError(f"{run} is neither a run directory nor a folder that import-hf wrote")
-    found = arguments_of(recipe, "model", "initial_policy")
+    found = load_recipe(recipe, train, (), GIVEN).arguments("model", "initial_policy")
     match found["initial_policy"]:
         case HuggingFacePolicy(path):
             start = Path(path).expanduser()

@@ -1,9 +1,11 @@
-"""`dppo data prepare` and `dppo data show`: data sets to disk, and what a policy sees of them."""
+"""Verbs about data sets: data prepare, data show."""
 
 import argparse
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from dppo_jax.verbs import command
+from dppo_jax.verbs.command import GIVEN, add_verb
 
 if TYPE_CHECKING:
     from dppo_jax.prompts.tokenizers import Tokenizer
@@ -11,13 +13,12 @@ if TYPE_CHECKING:
 _OWN_FIELDS = ("prompt", "answer", "solution", "subject", "level")
 
 
-def add_verbs(
-    data: Any,
-    verb: Callable[..., argparse.ArgumentParser],
-    run_show: Callable[[argparse.Namespace], None],
-) -> None:
-    """Adds the verbs below `dppo data`."""
-    prepare = verb(
+def add(verbs: Any) -> None:
+    """Adds `dppo data ...` to the parser's verbs."""
+    data = verbs.add_parser("data", help="Data sets on disk.").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    prepare = add_verb(
         data,
         "prepare",
         _prepare,
@@ -38,10 +39,10 @@ def add_verbs(
     prepare.add_argument("--data-dir", default="runs/data", help="(default: runs/data)")
     prepare.add_argument("--json", action="store_true", help="print one JSON object")
 
-    show = verb(
+    show = add_verb(
         data,
         "show",
-        run_show,
+        _show,
         "Problems of a prepared set as the policy sees them: text, tokens, answer; any "
         "--gin.NAME=VALUE overrides the recipe.",
         "dppo data show gsm8k -n 2 --recipe configs/recipes/gsm8k_cpu.gin\n"
@@ -61,7 +62,24 @@ def add_verbs(
     show.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def show(
+def _show(options: argparse.Namespace) -> None:
+    if options.recipe is None:
+        _show_problems(options, _tokenizer_of(options), options.data_dir or "runs/data", None)
+        return
+    if options.tokenizer is not None:
+        raise ValueError("the recipe has a tokenizer of its own: give --recipe or --tokenizer")
+    command.start_jax()
+    from dppo_jax.config import load_recipe, split_overrides
+    from dppo_jax.train import train
+
+    overrides, _ = split_overrides(options.overrides)
+    recipe = load_recipe(options.recipe, train, overrides, GIVEN)
+    given = recipe.arguments("tokenizer", "data_dir", "max_prompt_tokens")
+    data_dir = options.data_dir or given["data_dir"]
+    _show_problems(options, given["tokenizer"], data_dir, given["max_prompt_tokens"])
+
+
+def _show_problems(
     options: argparse.Namespace,
     tokenizer: "Tokenizer | None",
     data_dir: str,
@@ -107,7 +125,7 @@ def show(
           + (f"; prompt tokens: {lengths}" if lengths else ""))  # fmt: skip
 
 
-def tokenizer_of(options: argparse.Namespace) -> "Tokenizer | None":
+def _tokenizer_of(options: argparse.Namespace) -> "Tokenizer | None":
     """The tokenizer of --tokenizer, with its chat template; None where it was not given."""
     from dppo_jax.prompts.templates import TemplatedTokenizer, chat
     from dppo_jax.prompts.tokenizers import HuggingFaceTokenizer

@@ -1,0 +1,74 @@
+"""Verbs that measure: bench step, bench head."""
+
+import argparse
+import json
+from typing import Any
+
+from dppo_jax.verbs import command
+from dppo_jax.verbs.command import add_verb
+
+
+def add(verbs: Any) -> None:
+    """Adds them to the parser's verbs."""
+    bench = verbs.add_parser("bench", help="Measure speed.").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    step = add_verb(
+        bench,
+        "step",
+        _bench_step,
+        "Seconds of one training step: sampling, scoring, update, against the matmul peak.",
+        "dppo bench step --json",
+    )
+    step.add_argument("--json", action="store_true", help="print one JSON object")
+    for flag, default in (
+        ("vocab", 1024), ("width", 256), ("layers", 4), ("head-size", 64), ("mlp", 1024),
+        ("prompts", 16), ("samples", 8), ("prompt-length", 32), ("response-length", 128),
+        ("top-k", 20), ("microbatches", 4), ("repeats", 5),
+    ):  # fmt: skip
+        step.add_argument(f"--{flag}", type=int, default=default, help=f"(default: {default})")
+
+    head = add_verb(
+        bench,
+        "head",
+        _bench_head,
+        "Seconds and memory of the head's forms, forward and with both gradients.",
+        "dppo bench head --tokens 2048 --width 512 --vocab 151936 --json",
+    )
+    head.add_argument("--json", action="store_true", help="print one JSON object")
+    for flag, default in (
+        ("tokens", 2048), ("width", 512), ("vocab", 151936), ("top-k", 20), ("repeats", 3),
+    ):  # fmt: skip
+        head.add_argument(f"--{flag}", type=int, default=default, help=f"(default: {default})")
+    head.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
+    forms = "naive,chunked,xla,pallas_tpu,single_pass,tokamax"
+    head.add_argument("--forms", default=forms, help=f"which, by commas (default: {forms})")
+
+
+def _bench_step(options: argparse.Namespace) -> None:
+    command.start_jax()
+    from dppo_jax.bench import bench_step, show_step
+
+    shape = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("verb", "json", "debug", "overrides")
+    }
+    result = bench_step(**shape)
+    print(json.dumps(result)) if options.json else show_step(result)
+
+
+def _bench_head(options: argparse.Namespace) -> None:
+    command.start_jax()
+    from dppo_jax.bench_head import bench_head, show_head
+
+    result = bench_head(
+        tokens=options.tokens,
+        width=options.width,
+        vocab=options.vocab,
+        top_k=options.top_k,
+        dtype=options.dtype,
+        forms=options.forms.split(","),
+        repeats=options.repeats,
+    )
+    print(json.dumps(result)) if options.json else show_head(result)

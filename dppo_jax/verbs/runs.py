@@ -1,0 +1,174 @@
+"""Verbs about whole runs: train, ablate, eval."""
+
+import argparse
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dppo_jax.verbs import command
+from dppo_jax.verbs.command import GIN, GIVEN, Failure, add_verb
+
+
+def add(verbs: Any) -> None:
+    """Adds them to the parser's verbs."""
+    train = add_verb(
+        verbs,
+        "train",
+        _train,
+        f"Train as a recipe says; {GIN}. Resumes by itself where the run directory holds a run.",
+        "dppo train configs/recipes/arithmetic_cpu.gin --gin.STEPS=20",
+    )
+    train.add_argument("recipe", help="a .gin file")
+    train.add_argument("--workdir", help="run directory (default: runs/RECIPE-DATE)")
+
+    ablate = add_verb(
+        verbs,
+        "ablate",
+        _ablate,
+        "Train each of some algorithms on a recipe with several seeds and compare them: table.json,"
+        f" table.md and curves.svg in the run directory, a run in it for each cell; {GIN}. Runs "
+        "that are there are not repeated, one that was stopped goes on.",
+        "dppo ablate configs/recipes/arithmetic_cpu.gin --seeds 3 --workdir runs/grid \\\n"
+        "           --over algorithms/dppo_binary_tv.gin algorithms/grpo.gin",
+    )
+    ablate.add_argument("recipe", help="a .gin file")
+    ablate.add_argument(
+        "--over", nargs="+", required=True, metavar="GIN", help="files laid over the recipe"
+    )
+    ablate.add_argument("--seeds", type=int, default=3, help="0, 1, ... (default: 3)")
+    ablate.add_argument(
+        "--workdir", help="directory of the grid (default: runs/ablate-RECIPE-DATE)"
+    )
+    ablate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    evaluate = add_verb(
+        verbs,
+        "eval",
+        _eval,
+        f"avg@k, pass@k and maj@k of a checkpoint on the recipe's evaluation sets; {GIN}.",
+        "dppo eval configs/recipes/arithmetic_cpu.gin --checkpoint runs/RUN --json\n"
+        "         dppo eval configs/recipes/arithmetic_cpu.gin --regrade runs/RUN/answers.jsonl",
+    )
+    evaluate.add_argument("recipe", help="a .gin file")
+    answers = evaluate.add_mutually_exclusive_group(required=True)
+    answers.add_argument("--checkpoint", help="a run directory, to sample answers from")
+    answers.add_argument("--regrade", nargs="+", metavar="FILE", help="answers to grade again")
+    evaluate.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="where the answers are kept (default: eval_answers.jsonl in the run directory)",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _train(options: argparse.Namespace) -> None:
+    command.start_jax()
+    from dppo_jax.config import load_recipe, split_overrides
+    from dppo_jax.console import Console, duration
+    from dppo_jax.evaluate import accuracies
+    from dppo_jax.multihost import is_writer
+    from dppo_jax.train import train
+    from dppo_jax.verbs.evaluation import with_interval
+
+    overrides, _ = split_overrides(options.overrides)
+    recipe = load_recipe(options.recipe, train, overrides, GIVEN)
+    workdir = Path(options.workdir or _dated(recipe.path.stem))
+    _refuse_other_run(recipe, workdir)
+    console = Console(quiet=not is_writer())
+    summary = _run(recipe, workdir, console)
+    console.table(
+        f"{recipe.path.stem}: done",
+        {
+            **{
+                f"{name} {when}": with_interval(each)
+                for when in ("before", "after")
+                for name, each in accuracies(summary[when]).items()
+            },
+            "steps": str(summary["steps"]),
+            "time": duration(summary["wall_seconds"]),
+            "run directory": str(workdir),
+        },
+    )
+
+
+def _dated(name: str) -> str:
+    return f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _refuse_other_run(recipe: Any, workdir: Path) -> None:
+    """Raises ValueError where a directory holds a run of another configuration, or no run."""
+    from dppo_jax.config import difference
+
+    asked = workdir / "config.gin"
+    if asked.exists() and (changed := difference(recipe.config_text(), asked.read_text())):
+        raise ValueError(
+            f"{workdir} holds a run of another configuration: {changed}; "
+            "choose another --workdir or undo the change"
+        )
+    if workdir.exists() and not asked.exists() and any(workdir.iterdir()):
+        raise ValueError(f"{workdir} is not empty and holds no run: choose another --workdir")
+
+
+def _run(recipe: Any, workdir: Path, console: Any) -> dict[str, Any]:
+    """Trains as a loaded recipe says; its texts go into the run directory."""
+    from dppo_jax.train import train
+
+    arguments = recipe.arguments(given=GIVEN)
+    texts = {
+        "operative_config.gin": recipe.operative_config_text(),
+        "config.gin": recipe.config_text(),
+    }
+    return train(workdir=str(workdir), console=console, configuration=texts, **arguments)
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    command.start_jax()
+    from dppo_jax import ablate
+    from dppo_jax.config import load_recipe, split_overrides
+    from dppo_jax.console import Console
+    from dppo_jax.multihost import is_writer
+    from dppo_jax.train import train
+
+    overrides, _ = split_overrides(options.overrides)
+    workdir = Path(options.workdir or _dated(f"ablate-{Path(options.recipe).stem}"))
+    cells = ablate.grid(options.over, options.seeds, workdir)
+    if workdir.exists() and any(workdir.iterdir()):
+        if not any(cell.workdir.exists() for cell in cells):
+            raise ValueError(f"{workdir} holds no run of this grid: choose another --workdir")
+
+    def load(cell: ablate.Cell) -> Any:
+        # the argument itself, whatever macro a recipe binds it by
+        given = [*overrides, f"train.train.seed={cell.seed}"]
+        recipe = load_recipe(options.recipe, train, given, GIVEN, [cell.overlay])
+        _refuse_other_run(recipe, cell.workdir)
+        return recipe
+
+    for cell in cells:  # all of them before anything runs
+        load(cell)
+    console = Console(quiet=options.json or not is_writer())
+    outcomes = ablate.run_grid(
+        cells, lambda cell: _run(load(cell), cell.workdir, console), console.say
+    )
+    failed = sum(outcome.error is not None for outcome in outcomes)
+    if is_writer():
+        rows = ablate.write(workdir, outcomes)
+        if options.json:
+            print(json.dumps({"workdir": str(workdir), "table": rows}, allow_nan=False))
+        console.say(f"\n{ablate.markdown(rows)}\n{workdir}: table.json, table.md, curves.svg")
+    if failed:
+        raise Failure(f"{failed} of {len(cells)} cells failed: see {workdir / 'table.md'}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    command.start_jax()
+    from dppo_jax.config import load_recipe, split_overrides
+    from dppo_jax.train import train
+    from dppo_jax.verbs.evaluation import evaluate_run, grade_again
+
+    overrides, _ = split_overrides(options.overrides)
+    recipe = load_recipe(options.recipe, train, overrides, GIVEN)
+    if options.regrade:
+        grade_again(recipe, options)
+    else:
+        evaluate_run(recipe, options)
