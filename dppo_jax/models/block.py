@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dppo_jax.models.config import DecoderConfig
-from dppo_jax.models.moe import expert_mlps, route
+from dppo_jax.models.moe import expert_mlps_on_mesh, route
 from dppo_jax.models.rope import Rope, rotate
 from dppo_jax.sharding import constrain
 
@@ -117,6 +117,6 @@ class Block(nnx.Module):
         if c.experts:
             gates, chosen = route(y, gathered(self.router), c.experts_per_token, c.normalised_gates)
             gate, up, down = (gathered(w) for w in (self.gate, self.up, self.down))
-            return expert_mlps(y, gates, chosen, gate, up, down, activation)
+            return expert_mlps_on_mesh(y, gates, chosen, gate, up, down, activation)
         gate, up = (y @ gathered(w).astype(y.dtype) for w in (self.gate, self.up))
         return (activation(gate) * up) @ gathered(self.down).astype(y.dtype)

@@ -2,13 +2,20 @@
 
 Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`): no token is
 dropped, no expert has a capacity, and the work is that of `experts_per_token` experts a token.
+
+On a mesh every device sorts its own tokens and no token travels: the experts' weights, split where
+they are stored (FSDP), are gathered for a layer at a time; over `tensor` each expert's inner
+dimension is split and the parts of its output are summed.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from dppo_jax.sharding import RULES
 
 
 def route(
@@ -46,3 +53,27 @@ def expert_mlps(
     out = jax.lax.ragged_dot(activation(opened) * linear, down.astype(y.dtype), sizes)
     by_token = out[jnp.argsort(order)].reshape(tokens, each, -1)
     return jnp.einsum("nkd,nk->nd", by_token, gates.astype(y.dtype))
+
+
+def expert_mlps_on_mesh(
+    y: Float[Array, "N D"],
+    gates: Float[Array, "N k"],
+    chosen: Int[Array, "N k"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    activation: Callable[[Array], Array],
+) -> Float[Array, "N D"]:
+    """`expert_mlps`, its rows split as "batch" is and F as "mlp" on the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return expert_mlps(y, gates, chosen, gate, up, down, activation)
+    rows, inner = PartitionSpec(RULES["batch"], None), RULES["mlp"]
+    into, out = PartitionSpec(None, None, inner), PartitionSpec(None, inner, None)
+
+    def local(y, gates, chosen, gate, up, down):
+        part = expert_mlps(y, gates, chosen, gate, up, down, activation)
+        return jax.lax.psum(part, inner)
+
+    split = jax.shard_map(local, in_specs=(rows, rows, rows, into, into, out), out_specs=rows)
+    return split(y, gates, chosen, gate, up, down)
