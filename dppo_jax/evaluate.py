@@ -10,8 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from dppo_jax.answers import Answered, Answers, by_problem, evaluation_of, read_answers, regrade
-from dppo_jax.checkpoint import load_params
 from dppo_jax.evaluation_scores import Evaluation
+from dppo_jax.hf_exchange import load_model
 from dppo_jax.metrics import JsonLines
 from dppo_jax.models.decoder import DecoderConfig, Model, Params
 from dppo_jax.multihost import to_global_rows, to_local_rows
@@ -23,7 +23,7 @@ from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import FINISH_STOP, Prompts, Rollout
 from dppo_jax.rewards.verdicts import Verifier, grade
 from dppo_jax.sampling.generate import SamplingConfig, generate
-from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides, shardings_of
+from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def evaluate_checkpoint(
     eval_sets: Sequence[EvalSet] | None,
     seed: int,
 ) -> Evaluated:
-    """Evaluates a run's newest checkpoint; the arguments are those of `train`."""
+    """Evaluates a run's newest checkpoint or a Hugging Face folder; arguments as of `train`."""
     network, devices = Model(model), mesh.build()
     evaluator = Evaluator(
         network,
@@ -227,12 +227,7 @@ def evaluate_checkpoint(
     )
     if not evaluator.held_out:
         raise ValueError("the recipe has no evaluation set: bind train.train.eval_sets")
-    like = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        network.abstract_params,
-        shardings_of(network.logical_axes, devices),
-    )
-    params = load_params(directory, like)
+    params = load_model(directory, network, devices)
     with jax.set_mesh(devices):
         return evaluator(params)
 

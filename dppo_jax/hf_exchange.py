@@ -18,7 +18,15 @@ from jax.sharding import Mesh
 from dppo_jax.checkpoint import load_params, save_params
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model, Params
-from dppo_jax.models.hf_config import FAMILIES, config_of, parse, read_json, same_weights, to_json
+from dppo_jax.models.hf_config import (
+    FAMILIES,
+    check_same,
+    config_of,
+    parse,
+    read_json,
+    same_weights,
+    to_json,
+)
 from dppo_jax.models.hf_files import NAMES
 from dppo_jax.models.hf_weights import read_params, write_params
 from dppo_jax.sharding import shardings_of
@@ -49,6 +57,25 @@ def read_hf(folder: Path, mesh: Mesh) -> Imported:
     model = Model(config_of(str(folder)))
     shardings = shardings_of(model.logical_axes, mesh)
     return Imported(folder, model, read_params(folder, model, shardings))
+
+
+def load_model(directory: Path, model: Model, mesh: Mesh) -> Params:
+    """The parameters of a run's newest checkpoint, or of a Hugging Face folder."""
+    shardings = shardings_of(model.logical_axes, mesh)
+    if is_hf(directory):
+        check_same(str(directory), model.config)
+        return read_params(directory, model, shardings)
+    asked = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        model.abstract_params,
+        shardings,
+    )
+    return load_params(directory, asked)
+
+
+def is_hf(directory: Path) -> bool:
+    """Whether this is a Hugging Face folder and not a run's."""
+    return (directory / "config.json").is_file()
 
 
 def write_checkpoint(imported: Imported, out: Path) -> None:
@@ -84,13 +111,8 @@ def export_hf(
     else:
         described = to_json(config, dtype)
     model = Model(config)
-    asked = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        model.abstract_params,
-        shardings_of(model.logical_axes, mesh),
-    )
     with new_folder(out) as place:
-        write_folder(place, model, load_params(checkpoint, asked), described, dtype, like)
+        write_folder(place, model, load_model(checkpoint, model, mesh), described, dtype, like)
     return dtype
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dppo_jax.checkpoint import load_params
 from dppo_jax.models.decoder import Model, Params
-from dppo_jax.models.hf_config import config_of, same_weights
+from dppo_jax.models.hf_config import check_same
 from dppo_jax.models.hf_weights import read_params
 from dppo_jax.models.llama2c import read_llama2c
 from dppo_jax.prompts import arithmetic
@@ -60,12 +60,7 @@ class HuggingFacePolicy:
     path: str
 
     def __call__(self, c: InitialContext) -> Params:
-        in_file = config_of(self.path)
-        if not same_weights(in_file, c.model.config):
-            raise ValueError(
-                f"{self.path}/config.json is of another model than the recipe's DecoderConfig: "
-                "bind train.train.model = @hf_config.config_of() with the same path"
-            )
+        check_same(self.path, c.model.config)
         return read_params(self.path, c.model, c.shardings)
 
 

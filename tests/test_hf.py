@@ -326,6 +326,11 @@ def test_a_run_starts_from_a_folder_and_is_exported(folder, tmp_path, toy_recipe
     recipe.write_text(RECIPE.format(toy=tmp_path / "toy.gin", folder=where))
     run = dppo("train", recipe, "--workdir", tmp_path / "run")
     assert run.status == 0, run.err
+    answers = ("--answers", tmp_path / "answers.jsonl", "--json")
+    evaluated = dppo("eval", recipe, "--checkpoint", where, *answers)
+    assert evaluated.status == 0, evaluated.err
+    before = json.loads((tmp_path / "run/summary.json").read_text())["before"]
+    assert before == json.loads(evaluated.out)["sets"]
     done = dppo("export-hf", tmp_path / "run", tmp_path / "out", "--dtype", "bfloat16")
     assert done.status == 0, done.err
     assert (tmp_path / "out/tokenizer_config.json").is_file(), "of the folder it started from"

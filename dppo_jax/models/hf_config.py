@@ -253,6 +253,15 @@ def same_weights(one: DecoderConfig, other: DecoderConfig) -> bool:
     return _free(one) == _free(other)
 
 
+def check_same(path: str, config: DecoderConfig) -> None:
+    """Raises ValueError where a Hugging Face folder is of another model than `config`."""
+    if not same_weights(config_of(path), config):
+        raise ValueError(
+            f"{path}/config.json is of another model than the recipe's DecoderConfig: "
+            "bind train.train.model = @hf_config.config_of() with the same path"
+        )
+
+
 def _free(config: DecoderConfig) -> Json:
     fields = dataclasses.asdict(config) | {"rope_scaling": config.rope_scaling}
     local_theta = config.rope_theta if config.rope_scaling is None else None

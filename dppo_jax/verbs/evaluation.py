@@ -11,6 +11,7 @@ from dppo_jax.checkpoint import newest_step
 from dppo_jax.config import Recipe
 from dppo_jax.console import Console
 from dppo_jax.evaluate import evaluate_checkpoint, regrade_files
+from dppo_jax.hf_exchange import is_hf
 
 _NEEDED = (
     "model", "tokenizer", "dataset", "data_dir", "verifier", "sampling", "prompts_per_step",
@@ -22,7 +23,8 @@ def evaluate_run(recipe: Recipe, options: argparse.Namespace) -> None:
     """Samples answers to the recipe's evaluation sets, prints the numbers, keeps the answers."""
     directory = Path(options.checkpoint)
     done = evaluate_checkpoint(directory, **recipe.arguments(*_NEEDED))
-    file = Path(options.answers or directory / "eval_answers.jsonl")
+    beside = Path() if is_hf(directory) else directory  # others' folders stay as they are
+    file = Path(options.answers or beside / "eval_answers.jsonl")
     write_answers(file, [(newest_step(directory) or 0, row) for row in done.answers])
     if options.json:
         print(json.dumps({"sets": done.as_dict(), "answers": str(file)}))

@@ -52,7 +52,7 @@ def add(verbs: Any) -> None:
     )
     evaluate.add_argument("recipe", help="a .gin file")
     answers = evaluate.add_mutually_exclusive_group(required=True)
-    answers.add_argument("--checkpoint", help="a run directory, to sample answers from")
+    answers.add_argument("--checkpoint", help="a run or a Hugging Face folder")
     answers.add_argument("--regrade", nargs="+", metavar="FILE", help="answers to grade again")
     evaluate.add_argument(
         "--answers",
