@@ -12,6 +12,7 @@ import pytest
 from families import FAMILIES, left_padded, saved, torch_logits, transformers_model
 from jax.sharding import Mesh
 
+from dppo_jax import hf_verify
 from dppo_jax.models.decoder import Model, full_forward
 from dppo_jax.models.hf_config import config_of, read_json, to_json
 from dppo_jax.models.hf_weights import leaves_of, read_params, write_params
@@ -139,3 +140,19 @@ def test_transformers_loads_what_is_exported(case, tmp_path):
     assert error == 0.0
     assert config_of(str(tmp_path)) == model.config
     assert read_json(tmp_path / "config.json")["model_type"] == theirs.config.model_type
+
+
+def test_verify_prints_the_differences_and_refuses_what_differs(tmp_path, dppo, monkeypatch):
+    saved(transformers_model("qwen2"), tmp_path / "in")
+    monkeypatch.setattr(hf_verify, "NEW", 8)
+    given = ("import-hf", tmp_path / "in", tmp_path / "out", "--verify")
+    done = dppo(*given, "--json")
+    assert done.status == 0, done.err
+    report = json.loads(done.out)
+    assert report["ok"] and report["greedy_equal"] == report["greedy_tokens"] == 4 * 8
+    assert 0 < report["logits_difference"] < 1e-4 < report["logits_largest"]
+    assert report["exported_difference"] == 0.0
+    monkeypatch.setattr(hf_verify, "TOLERANCE", 0.0)
+    refused = dppo(*given[:2], tmp_path / "again", "--verify")
+    assert refused.status == 1 and "differs from transformers" in refused.err
+    assert not (tmp_path / "again").exists()
