@@ -143,10 +143,18 @@ def read_answers(paths: Sequence[Path]) -> Iterator[tuple[int, Answered]]:
             yield _parse(row)
 
 
-def regrade(row: Answered, verifier: Verifier) -> Answered:
-    """The same answers with the verdicts of `verifier`."""
-    examples = [row.example] * len(row.responses)
-    return row._replace(verdicts=grade(verifier, examples, row.responses, row.finished))
+def regrade(rows: Sequence[Answered], verifier: Verifier) -> list[Answered]:
+    """The same answers with the verdicts of `verifier`, all graded as one batch."""
+    verdicts = iter(
+        grade(
+            verifier,
+            [row.example for row in rows for _ in row.responses],
+            [response for row in rows for response in row.responses],
+            [finished for row in rows for finished in row.finished],
+            [length for row in rows for length in row.lengths],
+        )
+    )
+    return [row._replace(verdicts=[next(verdicts) for _ in row.responses]) for row in rows]
 
 
 def _parse(row: Row) -> tuple[int, Answered]:

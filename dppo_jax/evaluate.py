@@ -70,7 +70,10 @@ def answers_of(
     texts = [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
     finished = [bool(r == FINISH_STOP) for r in reason]
     each = [example for example in examples for _ in range(samples)]
-    return Answers(texts, finished, mask.sum(axis=1), grade(verifier, each, texts, finished))
+    lengths = mask.sum(axis=1)
+    return Answers(
+        texts, finished, lengths, grade(verifier, each, texts, finished, lengths.tolist())
+    )
 
 
 class Evaluated(NamedTuple):
@@ -264,25 +267,27 @@ def regrade_files(
     """Answers files under the verifiers of a recipe, without sampling: numbers, and new rows."""
     verifiers = {each.name or each.dataset: each.verifier for each in eval_sets or ()}
     groups: dict[tuple[int, str], list[Answered]] = {}
-    changed: dict[tuple[int, str], int] = {}
-    for step, old in read_answers(paths):
-        new = regrade(old, verifiers.get(old.set) or verifier)
-        group = (step, old.set)
-        groups.setdefault(group, []).append(new)
-        changed[group] = changed.get(group, 0) + sum(
-            a.score != b.score for a, b in zip(old.verdicts, new.verdicts, strict=True)
-        )
-    results = []
-    for (step, name), rows in groups.items():
-        counts = {len(row.responses) for row in rows}
+    for step, row in read_answers(paths):
+        groups.setdefault((step, row.set), []).append(row)
+    results: list[Regraded] = []
+    rows: list[tuple[int, Answered]] = []
+    for (step, name), old in groups.items():
+        counts = {len(row.responses) for row in old}
         if len(counts) > 1:
             raise ValueError(
                 f"{name} at step {step} has {min(counts)} answers to some problems and"
                 f" {max(counts)} to others: give the files of one evaluation"
             )
-        evaluation = evaluation_of(rows, counts.pop(), [row.example for row in rows])
-        results.append(Regraded(step, name, evaluation, changed[step, name]))
-    return results, [(step, row) for (step, _), rows in groups.items() for row in rows]
+        new = regrade(old, verifiers.get(name) or verifier)
+        changed = sum(
+            before.score != after.score
+            for pair in zip(old, new, strict=True)
+            for before, after in zip(*(row.verdicts for row in pair), strict=True)
+        )
+        evaluation = evaluation_of(new, counts.pop(), [row.example for row in new])
+        results.append(Regraded(step, name, evaluation, changed))
+        rows += [(step, row) for row in new]
+    return results, rows
 
 
 def _first(each: EvalSet, data_dir: str) -> list[Example]:

@@ -6,17 +6,17 @@ import http.server
 import json
 import re
 import threading
+from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pyarrow import parquet
 
 from dppo_jax.prompts import store
 from dppo_jax.prompts.examples import Example, PromptFileError
-from dppo_jax.prompts.fields import Fields, last_boxed
+from dppo_jax.prompts.fields import Fields
 from dppo_jax.prompts.overlap import find_overlap
+from dppo_jax.prompts.rows import Row
 from dppo_jax.prompts.sets import PUBLIC, read_own, read_public
 
 
@@ -113,41 +113,20 @@ def test_what_is_prepared_is_found_again(tmp_path):
     assert store.splits_of("aime24", tmp_path / "data") == ["test"]
 
 
-def test_the_last_box_of_maths_solutions_is_the_answer_of_math500(shared_data):
+def test_the_last_box_of_a_solution_is_the_answer_of_math500(shared_data):
     with gzip.open(shared_data / "math/math500.jsonl.gz") as file:
-        rows = [json.loads(line) for line in file]
-    assert all(last_boxed(row["solution"]) == row["answer"] for row in rows)
+        for line in file:
+            fields = json.loads(line)
+            answer = fields.pop("answer")
+            row = Row(Path(), "", 1, fields)
+            assert (
+                Fields(("problem",), ("answer",), "solution").example("test", row).answer == answer
+            )
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"\boxed{1} and \boxed{2}", "2"),
-        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-        (r"\fbox{ 3 }", "3"),
-        (r"is $\boxed 5$.", "5"),
-        (r"\boxed{\frac{1}{2}", ""),
-        ("no box", ""),
-        (r"\boxed{}", ""),
-    ],
-)
-def test_last_boxed(text, answer):
-    assert last_boxed(text) == answer
-
-
-@given(st.text("{}\\ab", max_size=12))
-def test_a_balanced_box_is_read_whole(inside):
-    try:
-        depth = 0
-        for place, character in enumerate(inside):
-            escaped = place and inside[place - 1] == "\\"
-            depth += {"{": 1, "}": -1}.get(character, 0) * (not escaped)
-            assert depth >= 0
-        assert depth == 0 and not inside.endswith("\\") and "boxed" not in inside
-    except AssertionError:
-        assert len(last_boxed(rf"\boxed{{{inside}}}")) <= len(inside) + 1
-    else:
-        assert last_boxed(rf"\boxed{{{inside}}} then") == inside.strip()
+def test_a_solution_without_a_box_has_no_answer():
+    row = Row(Path(), "", 1, {"problem": "Q", "solution": "so it is 5"})
+    assert Fields(("problem",), ("answer",), "solution").example("test", row).answer == ""
 
 
 def test_what_is_left_out_is_counted(tmp_path):

@@ -80,7 +80,7 @@ def answered(name, gold, responses, finished=None, level="", subject=""):
     finished = finished or [True] * len(responses)
     row = Answered("toy", example, responses, finished, [len(r) for r in responses],
                    [Verdict(0.0, None, "not graded")] * len(responses))  # fmt: skip
-    return regrade(row, numeric_answer)
+    return regrade([row], numeric_answer)[0]
 
 
 ROWS = [

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dppo_jax.prompts.examples import Example
 from dppo_jax.prompts.rows import Row
+from dppo_jax.rewards.extraction import boxed
 
 # What DAPO-Math-17k's own rows put around every problem. The project stores the bare problem and
 # leaves the instructions to the template; `prompts.templates.DAPO` is this one.
@@ -31,7 +32,7 @@ class Fields:
         """The row's example; its `answer` is "" where the row has none."""
         solution = row.plain(self.solution) if self.solution and row.has(self.solution) else ""
         if solution and not any(row.has(field) for field in self.answer):
-            answer = last_boxed(solution)
+            answer = next(iter(boxed(solution)[-1:]), "")
         else:
             answer = row.plain(_present(self.answer, row))
         prompt = row.text(_present(self.prompt, row)).strip()
@@ -49,24 +50,3 @@ class Fields:
 def _present(fields: tuple[str, ...], row: Row) -> str:
     """The first field that the row has, else the first, whose absence is then an error."""
     return next((field for field in fields if row.has(field)), fields[0])
-
-
-def last_boxed(text: str) -> str:
-    r"""What the last \boxed{...} or \fbox{...} holds, braces balanced; "" where there is none.
-
-    `\boxed 5`, as some of MATH's solutions write it, holds what follows up to the next blank or $.
-    """
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*(?P<open>\{)?", text))
-    if not boxes:
-        return ""
-    found = boxes[-1]
-    rest = text[found.end() :]
-    if not found["open"]:
-        return re.split(r"[\s$]", rest, maxsplit=1)[0]
-    depth = 1
-    for position, character in enumerate(rest):
-        escaped = position > 0 and rest[position - 1] == "\\"
-        depth += {"{": 1, "}": -1}.get(character, 0) * (not escaped)
-        if not depth:
-            return rest[:position].strip()
-    return ""
