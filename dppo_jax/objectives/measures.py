@@ -134,6 +134,38 @@ def topk_slots_kl_measure(
     return divergence.topk_slots_kl(_topk(anchor), stats.topk_logp)
 
 
+def exact_tv_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Float[Array, "B T"]:
+    """½ Σ_v |μ_v - π_v| over the whole vocabulary: what eqs. 13 and 15 of DPPO bound from below.
+
+    μ is the policy that sampled, scored by the trainer, whatever the anchor.
+    """
+    return _exact("exact_tv", stats.exact_tv)
+
+
+def exact_kl_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Float[Array, "B T"]:
+    """KL(μ || π) over the whole vocabulary: what eqs. 14 and 16 of DPPO bound from below.
+
+    μ is the policy that sampled, scored by the trainer, whatever the anchor.
+    """
+    return _exact("exact_kl", stats.exact_kl)
+
+
+# What a measure asks of the training loop beside the rollout and the scored policy.
+MEASURE_NEEDS: dict[Measure, frozenset[Need]] = {
+    exact_tv_measure: frozenset({"exact_divergence"}),
+    exact_kl_measure: frozenset({"exact_divergence"}),
+}
+
+
+def _exact(name: str, value: Float[Array, "B T"] | None) -> Float[Array, "B T"]:
+    if value is None:
+        raise ValueError(
+            f"TokenStats.{name} is missing: score with the rollout's parameters "
+            '(Objective.needs must hold "exact_divergence")'
+        )
+    return value
+
+
 def _topk(anchor: AnchorLogps) -> Float[Array, "B T K"]:
     if anchor.topk_logp is None:
         raise ValueError("a top-K measure at old_anchor needs Batch.topk_logp_old")

@@ -72,6 +72,8 @@ METHODS: tuple[Method, ...] = (
     Method(
         o.dppo_topk_kl, "masks KL over TopK(μ) ∪ {sampled}, rest > δ", "2602.04879 eq. 16", True
     ),
+    Method(o.dppo_exact_tv, "masks TV over the whole vocabulary > δ", "2602.04879 eq. 12"),
+    Method(o.dppo_exact_kl, "masks KL over the whole vocabulary > δ", "2602.04879 eq. 12"),
     Method(o.drpo, "penalty |A|·μ·(r - 1)² / 2δ, no mask", "2606.09821 eq. 8"),
     Method(o.mask_drpo, "DRPO's penalty only where DPPO-Binary-TV would mask", "2606.09821"),
     Method(o.spo, "penalty |A|·(r - 1)² / 2δ, no mask", "2606.09821"),

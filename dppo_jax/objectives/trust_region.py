@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dppo_jax.objectives.measures import Anchor, AnchorLogps, Measure
+from dppo_jax.objectives.measures import MEASURE_NEEDS, Anchor, AnchorLogps, Measure
 from dppo_jax.records import Batch, Need, Scope, TokenStats
 
 
@@ -73,7 +73,7 @@ def bounded(
         outside = distance > by_sign(batch, delta_low, delta_high)
         return Decision(~(outside & moving_away(stats, batch, logps)), distance)
 
-    return TrustRegion(decide, centre.needs)
+    return TrustRegion(decide, centre.needs | MEASURE_NEEDS.get(measure, frozenset()))
 
 
 def relax_rare(region: TrustRegion, *, alpha_low: float, alpha_high: float) -> TrustRegion:

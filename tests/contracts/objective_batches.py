@@ -46,10 +46,13 @@ def make_batch(
         entropy_rollout=jnp.asarray(-(np.exp(log_mu) * log_mu).sum(-1), jnp.float32),
         finish_reason=jnp.zeros(b, jnp.int32),
     )
+    mu = np.exp(log_mu)
     stats = TokenStats(
         logp=sampled(log_pi),
         topk_logp=topk(log_pi),
         entropy=jnp.asarray(-(np.exp(log_pi) * log_pi).sum(-1), jnp.float32),
+        exact_tv=jnp.asarray(0.5 * np.abs(mu - np.exp(log_pi)).sum(-1), jnp.float32),
+        exact_kl=jnp.asarray((mu * (log_mu - log_pi)).sum(-1), jnp.float32),
     )
     per_token = jnp.asarray(np.repeat(advantages[:, None], t, axis=1), jnp.float32)
     return stats, Batch(rollout, per_token, sampled(log_old), topk(log_old))

@@ -65,6 +65,7 @@ SCORES = {
     "dppo_topk_kl recomputed": None, "dppo_binary_kl seq mean": None, "cppo": None,
     "dppo_binary_tv horizon": None, "grpo": None, "grpo recomputed": None, "cppo_kl": None,
     "grpo_clip_higher": None, "grpo_relaxed": None, "minirl": None, "minirl_tis": 3.0,
+    "dppo_exact_tv": None, "dppo_exact_kl": None,
     "mask_bad_updates": None, "pg_is": None, "pg_tis": 3.0, "trm_max": None, "trm_avg": None,
 }  # fmt: skip
 

@@ -64,15 +64,16 @@ def assert_same(left, right, **tolerance):
 
 
 def test_says_what_it_needs(variant):
-    """A batch without logp_old is refused by those who need it, in one line, and by no others."""
+    """What is missing is refused by those who need it, in one line, and by no others."""
     stats, batch = BATCH
-    bare = replace(batch, logp_old=None, topk_logp_old=None)
+    bare = replace(stats, exact_tv=None, exact_kl=None)
+    bare_batch = replace(batch, logp_old=None, topk_logp_old=None)
     call = variant.objective.loss
-    if "logp_old" in variant.objective.needs:
-        with pytest.raises(ValueError, match="logp_old"):
-            jax.eval_shape(call, stats, bare)
+    if variant.objective.needs:
+        with pytest.raises(ValueError, match="logp_old|exact_divergence"):
+            jax.eval_shape(call, bare, bare_batch)
     else:
-        jax.eval_shape(call, stats, bare)
+        jax.eval_shape(call, bare, bare_batch)
 
 
 def test_metrics_are_unreduced_and_complete(variant):
