@@ -1,34 +1,77 @@
 """Parameters and tokens to `TokenStats`: the only softmax in training."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dppo_jax import divergence
+from dppo_jax.kernels.divergences import Divergences, Policy, divergences
 from dppo_jax.kernels.head import fused_loss, head
 from dppo_jax.models.decoder import Decoder, Model, Params, response_states
 from dppo_jax.records import Batch, Max, Mean, Metrics, Rollout, TokenLocal, TokenStats
 from dppo_jax.sharding import head_layout
 
 
-def score(model: Model, params: Params, rollout: Rollout, *, temperature: float) -> TokenStats:
+def score(
+    model: Model,
+    params: Params,
+    rollout: Rollout,
+    *,
+    temperature: float,
+    rollout_params: Params | None = None,
+) -> TokenStats:
     """log π(a_t | s_t), log π of the stored top-K ids and the entropy at each response token.
 
     All of softmax(logits / temperature), the distribution that the sampler drew from; shapes as in
-    `TokenStats`. Padding is attended by nobody.
+    `TokenStats`. Padding is attended by nobody. With the parameters that sampled, also the exact
+    divergences from their policy, `exact_tv` and `exact_kl`, both sides scored here: numerical
+    mismatch with the sampler is not in them. They carry no gradient.
     """
     decoder = model.bind(params)
     hidden, ids = _states_and_ids(decoder, rollout)
-    out = head(
-        hidden,
-        decoder.unembedding_matrix(),
-        ids,
-        temperature=temperature,
-        soft_cap=model.config.final_soft_cap,
-        stored_gradient=False,  # divergences are masks: no objective differentiates them
-        layout=head_layout(),
-    )
-    logp = (out.logit_at - out.lse[:, None]).reshape(*rollout.response_tokens.shape, -1)
-    return TokenStats(logp[..., 0], logp[..., 1:], out.entropy.reshape(logp.shape[:2]))
+    stats = _stats(decoder, hidden, ids, rollout, temperature)
+    if rollout_params is None:
+        return stats
+    sampler = model.bind(rollout_params)
+    theirs, _ = _states_and_ids(sampler, rollout)
+    between = _exact(sampler, theirs, decoder, hidden, temperature)
+    shape = stats.logp.shape
+    return replace(stats, exact_tv=between.tv.reshape(shape), exact_kl=between.kl.reshape(shape))
+
+
+def tightness(
+    model: Model, rollout_params: Params, params: Params, rollout: Rollout, *, temperature: float
+) -> Metrics:
+    """Exact divergences of the policy from the one that sampled, and how tight their bounds are.
+
+    Means over response tokens of TV and KL(μ || π) over the whole vocabulary, and sum of the
+    Binary or Top-K form over sum of the exact one: 1 is tight, and neither exceeds 1. All from the
+    scorer's probabilities, so that numerical mismatch with the sampler is in none of them.
+    """
+    decoder, sampler = model.bind(params), model.bind(rollout_params)
+    hidden, ids = _states_and_ids(decoder, rollout)
+    theirs, _ = _states_and_ids(sampler, rollout)
+    mu = _stats(sampler, theirs, ids, rollout, temperature)
+    pi = _stats(decoder, hidden, ids, rollout, temperature)
+    between = _exact(sampler, theirs, decoder, hidden, temperature)
+    sampled = mu.logp, pi.logp
+    support = *sampled, rollout.response_tokens, rollout.topk_ids, mu.topk_logp, pi.topk_logp
+    compared = {
+        "tv": (between.tv, divergence.binary_tv(*sampled), divergence.topk_tv(*support)),
+        "kl": (between.kl, divergence.binary_kl(*sampled), divergence.topk_kl(*support)),
+    }
+    metrics: Metrics = {}
+    for kind, values in compared.items():
+        exact, binary, topk = (
+            jnp.sum(value.reshape(mu.logp.shape), where=rollout.response_mask) for value in values
+        )
+        count = jnp.sum(rollout.response_mask, dtype=jnp.float32)
+        metrics[f"divergence/exact_{kind}_mean"] = Mean(exact, count)
+        metrics[f"divergence/binary_{kind}_over_exact"] = Mean(binary, exact)
+        metrics[f"divergence/topk_{kind}_over_exact"] = Mean(topk, exact)
+    return metrics
 
 
 def loss_and_score(
@@ -86,6 +129,34 @@ def by_token(batch: Batch) -> Batch:
             **fields(rollout, "prompt_tokens", "prompt_mask", "finish_reason"),
         ),
         **fields(batch, "rollout", "objective_state", "vocab_size"),
+    )
+
+
+def _stats(
+    decoder: Decoder, hidden: Array, ids: Array, rollout: Rollout, temperature: float
+) -> TokenStats:
+    out = head(
+        hidden,
+        decoder.unembedding_matrix(),
+        ids,
+        temperature=temperature,
+        soft_cap=decoder.config.final_soft_cap,
+        stored_gradient=False,  # divergences are masks: no objective differentiates them
+        layout=head_layout(),
+    )
+    logp = (out.logit_at - out.lse[:, None]).reshape(*rollout.response_tokens.shape, -1)
+    return TokenStats(logp[..., 0], logp[..., 1:], out.entropy.reshape(logp.shape[:2]))
+
+
+def _exact(
+    sampler: Decoder, theirs: Array, decoder: Decoder, hidden: Array, temperature: float
+) -> Divergences:
+    """A value a token, of the flattened tokens."""
+    transform = temperature, decoder.config.final_soft_cap
+    return divergences(
+        Policy(theirs, sampler.unembedding_matrix(), *transform),
+        Policy(hidden, decoder.unembedding_matrix(), *transform),
+        layout=head_layout(),
     )
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from dppo_jax.advantages import group_mean_baseline
 from dppo_jax.answers import log_samples
@@ -34,6 +34,7 @@ from dppo_jax.initial_policy import InitialContext, InitialPolicy
 from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
 from dppo_jax.models.decoder import DecoderConfig, Model
 from dppo_jax.multihost import is_writer, to_global_rows
+from dppo_jax.preflight import check_run
 from dppo_jax.prompts import overlap as overlaps
 from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
 from dppo_jax.prompts.pipeline import PromptIterator, TooLong
@@ -43,9 +44,9 @@ from dppo_jax.rewards.verdicts import Verifier
 from dppo_jax.rollout_policy import RolloutPolicy, current
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.scoring import score
-from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides, shardings_of
+from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
 from dppo_jax.timing import Pace, Stopwatch
-from dppo_jax.update import init_state, make_update, take_prompts
+from dppo_jax.update import init_state, make_tightness, make_update, take_prompts
 
 
 def train(
@@ -76,6 +77,7 @@ def train(
     eval_prompts: int | None = None,
     eval_sets: Sequence[EvalSet] | None = None,
     checkpoint_every: int = 0,
+    exact_divergence_every: int = 0,
     samples_logged: int = 2,
     seed: int = 0,
     console: Console | None = None,
@@ -88,6 +90,7 @@ def train(
     that holds a run is resumed at its newest checkpoint. Evaluation over `eval_sets` (where None:
     the first `eval_prompts` of the data set's `eval_split`) happens before, every `eval_every`
     steps (0: never) and after. Problems that they share with training are told, or refused.
+    Every `exact_divergence_every` steps (0: never) `scoring.tightness` is measured after the step.
     Raises ValueError with one line where the configuration contradicts itself, and then leaves no
     `workdir` behind. `configuration` is what the run was asked for, as texts by file name; they
     are written beside the first checkpoint.
@@ -101,7 +104,7 @@ def train(
     devices = mesh.build()
     rows = batch_sharding(devices)
     sampling = dataclasses.replace(sampling, end_ids=(tokenizer.end_id,))
-    _check(model, tokenizer, sampling, devices, prompts_per_step, minibatches, microbatches)
+    check_run(model, tokenizer, sampling, devices, prompts_per_step, minibatches, microbatches)
     if steps < 1:
         raise ValueError(f"steps={steps}: a run takes at least 1")
 
@@ -138,6 +141,8 @@ def train(
         network, objective, optimizer, temperature=sampling.temperature, microbatches=microbatches
     )
     choose = jax.jit(rollout_policy.choose, donate_argnums=0)
+    tightness = make_tightness(network, sampling.temperature, parts=minibatches * microbatches)
+    exact = "exact_divergence" in objective.needs
     score_old = jax.jit(
         lambda params, rollout: score(network, params, rollout, temperature=sampling.temperature)
     )
@@ -210,6 +215,8 @@ def train(
             problems = next(prompts)
             step_key = jax.random.fold_in(sampling_key, step)
             mu, memory = choose(state.rollout_memory, state.params, step, step_key)
+            # A copy, since updates donate their parameters; each step, so that none compiles late.
+            rollout_params = jax.tree.map(jnp.copy, mu) if exact or exact_divergence_every else None
             state = dataclasses.replace(state, rollout_memory=memory)
             rollout = sample(network, mu, problems, step_key, mesh=devices, settings=sampling)
             jax.block_until_ready(rollout)
@@ -230,7 +237,8 @@ def train(
             order = np.random.default_rng((seed, step)).permutation(prompts_per_step)
             gathered = []
             for chosen in order.reshape(minibatches, -1):
-                state, metrics = update(state, take_prompts(batch, jnp.asarray(chosen)))
+                minibatch = take_prompts(batch, jnp.asarray(chosen))
+                state, metrics = update(state, minibatch, rollout_params if exact else None)
                 gathered.append(metrics)
             numbers = _step_numbers(gathered)
             clock.lap("update")
@@ -256,6 +264,9 @@ def train(
                 evaluated = evaluate(state.params)
                 evaluated.write(kept, step + 1)
                 numbers |= evaluated.as_metrics()
+            measured = exact_divergence_every and (step + 1) % exact_divergence_every == 0
+            if measured and rollout_params:
+                numbers |= reduce_metrics(tightness(rollout_params, state.params, rollout))
             log.write(step=step, **numbers)
             log_samples(samples, step, problems.examples, answers, samples_logged)
             _refuse_not_finite(numbers, step)
@@ -298,59 +309,6 @@ def train(
     if is_writer():
         summary_path.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def _check(
-    model: DecoderConfig,
-    tokenizer: Tokenizer,
-    sampling: SamplingConfig,
-    mesh: Mesh,
-    prompts_per_step: int,
-    minibatches: int,
-    microbatches: int,
-) -> None:
-    """Refuses contradictions before anything is computed."""
-    sampling.check(model.vocab_size)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size="
-            f"{model.vocab_size}: set DecoderConfig.vocab_size to at least the tokenizer's"
-        )
-    if sampling.temperature == 0:
-        raise ValueError("temperature=0 explores nothing: set a positive sampling temperature")
-    if sampling.filters.on:
-        raise ValueError(
-            f"top_k={sampling.top_k}, top_p={sampling.top_p}, min_p={sampling.min_p}: training "
-            "samples from the whole distribution, the one that it scores; leave these three at "
-            "0, 1 and 0 (evaluation may set them)"
-        )
-    for name, parts in (("minibatches", minibatches), ("microbatches", microbatches)):
-        if parts < 1:
-            raise ValueError(f"{name}={parts} must be at least 1")
-    if prompts_per_step % (minibatches * microbatches):
-        raise ValueError(
-            f"prompts_per_step={prompts_per_step} does not divide into minibatches={minibatches} x "
-            f"microbatches={microbatches}: change one of them"
-        )
-    check_divides(
-        mesh,
-        ("data", "fsdp"),
-        {
-            "prompts_per_step": prompts_per_step,
-            "prompts of a microbatch": prompts_per_step // (minibatches * microbatches),
-        },
-    )
-    check_divides(mesh, ("fsdp",), {"width": model.width})
-    check_divides(
-        mesh,
-        ("tensor",),
-        {
-            "vocab_size": model.vocab_size,
-            "heads": model.heads,
-            "kv_heads": model.kv_heads,
-            "mlp_width": model.mlp_width,
-        },
-    )
 
 
 def _write_files(directory: Path, texts: Mapping[str, str]) -> None:

@@ -17,13 +17,15 @@ from dppo_jax.records import (
     Mean,
     Metrics,
     Objective,
+    Rollout,
     TrainState,
     fold_metrics,
 )
-from dppo_jax.scoring import loss_and_score, mismatch, score
+from dppo_jax.scoring import loss_and_score, mismatch, score, tightness
 from dppo_jax.sharding import constrain
 
-Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+# (state, batch), and the parameters that sampled where the objective needs "exact_divergence"
+Update = Callable[..., tuple[TrainState, Metrics]]
 
 
 def init_state(
@@ -129,6 +131,8 @@ def make_update(
 ) -> Update:
     """The jitted (state, batch) -> (state, metrics); the given state's buffers are reused.
 
+    An objective that needs "exact_divergence" takes the parameters that sampled as a third
+    argument: a copy, where they are the state's own.
     `mismatch/*` compares the scored policy with the sampler's: numerical mismatch alone on the
     first step after a rollout, with the policy's movement on top in later ones.
     """
@@ -137,7 +141,16 @@ def make_update(
     plain = objective.next_state is None and objective.needs <= {"logp_old", "logp_ref"}
     token_local = objective.token_local if plain else None
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    exact = "exact_divergence" in objective.needs
+
+    def update(
+        state: TrainState, batch: Batch, rollout_params: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
+        if exact != (rollout_params is not None):
+            raise ValueError(
+                'the parameters that sampled go with an objective that needs "exact_divergence", '
+                "and with no other"
+            )
         counted = isinstance(state.token_counts, jax.Array)
 
         def loss_of(params: Params, rows: Batch) -> LossSum:
@@ -152,7 +165,13 @@ def make_update(
                 )
                 out = objective.loss(stats, rows)._replace(loss_sum=loss_sum)
             else:
-                stats = score(model, params, rows.rollout, temperature=temperature)
+                stats = score(
+                    model,
+                    params,
+                    rows.rollout,
+                    temperature=temperature,
+                    rollout_params=rollout_params,
+                )
                 out = objective.loss(stats, rows)
             return out._replace(metrics=out.metrics | mismatch(stats, rows.rollout))
 
@@ -168,6 +187,21 @@ def make_update(
         return after, metrics
 
     return jax.jit(update, donate_argnums=0)
+
+
+def make_tightness(
+    model: Model, temperature: float, *, parts: int
+) -> Callable[[Params, Params, Rollout], Metrics]:
+    """The jitted `scoring.tightness` of (rollout_params, params, rollout), in `parts` parts."""
+
+    def measure(rollout_params: Params, params: Params, rollout: Rollout) -> Metrics:
+        def part(index):
+            rows = microbatch(rollout, index, parts)
+            return tightness(model, rollout_params, params, rows, temperature=temperature)
+
+        return fold_metrics(jax.lax.map(part, jnp.arange(parts)))
+
+    return jax.jit(measure)
 
 
 @jax.jit

@@ -1,7 +1,10 @@
 """Streamed divergences against the plain form in float64, their memory, and what they refuse."""
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,10 @@ from dppo_jax import divergence
 from dppo_jax.kernels import divergences as divergences_module
 from dppo_jax.kernels import xla as xla_body
 from dppo_jax.kernels.divergences import Policy, divergences
+from dppo_jax.metrics import reduce_metrics
+from dppo_jax.models.decoder import full_forward
+from dppo_jax.records import Rollout
+from dppo_jax.scoring import score, tightness
 
 LARGE_VOCABULARY = 151936
 
@@ -227,3 +234,122 @@ def test_the_shapes_are_named_when_tracing():
 def test_no_tokens():
     empty = Policy(jnp.ones((0, 8)), jnp.ones((10, 8)))
     assert all(value.shape == (0,) for value in divergences(empty, empty))
+
+
+@pytest.fixture(scope="module")
+def scored(tiny):
+    """Two policies, a rollout of three sequences without padding, and its log-probabilities [B,T,V]
+    by whole forward passes."""
+    model, theirs = tiny
+    rng = np.random.default_rng(0)
+    ours = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), theirs)
+    tokens = jnp.asarray(rng.integers(37, size=(3, 7)), jnp.int32)
+    everywhere = jnp.ones_like(tokens, bool)
+
+    def log_probs(params):
+        decoder = model.bind(params)
+        hidden, _ = full_forward(decoder, tokens, everywhere)
+        return jax.nn.log_softmax(hidden[:, 1:-1] @ decoder.unembedding_matrix().T / 0.8)
+
+    log_mu, log_pi = map(jax.jit(log_probs), (theirs, ours))
+    topk_logp, topk_ids = jax.lax.top_k(log_mu, 4)
+    responses = tokens[:, 2:]
+    rollout = Rollout(
+        prompt_tokens=tokens[:, :2],
+        prompt_mask=everywhere[:, :2],
+        response_tokens=responses,
+        response_mask=everywhere[:, 2:].at[1, 2:].set(False),
+        logp_rollout=jnp.take_along_axis(log_mu, responses[..., None], -1)[..., 0],
+        topk_ids=topk_ids,
+        topk_logp_rollout=topk_logp,
+        entropy_rollout=jnp.zeros(responses.shape),
+        finish_reason=jnp.zeros(3, jnp.int32),
+    )
+    return model, theirs, ours, rollout, log_mu, log_pi
+
+
+def test_scores_of_two_policies(scored):
+    model, theirs, ours, rollout, log_mu, log_pi = scored
+
+    @jax.jit
+    def both(ours, theirs):
+        plain = score(model, ours, rollout, temperature=0.8)
+        return score(model, ours, rollout, temperature=0.8, rollout_params=theirs), plain
+
+    stats, plain = both(ours, theirs)
+    mask = np.asarray(rollout.response_mask)
+    for got, of in ((stats.exact_tv, divergence.exact_tv), (stats.exact_kl, divergence.exact_kl)):
+        want = np.asarray(of(log_mu, log_pi))
+        np.testing.assert_allclose(np.asarray(got)[mask], want[mask], rtol=1e-3, atol=1e-5)
+    assert plain.exact_tv is plain.exact_kl is None
+    np.testing.assert_array_equal(stats.logp, plain.logp)
+
+
+def test_tightness_by_whole_vectors(scored):
+    model, theirs, ours, rollout, log_mu, log_pi = scored
+    mask = np.asarray(rollout.response_mask)
+    measure = jax.jit(lambda *params: tightness(model, *params, rollout, temperature=0.8))
+    numbers = reduce_metrics(measure(theirs, ours))
+    at = rollout.response_tokens[..., None]
+    sampled = [jnp.take_along_axis(log_p, at, -1)[..., 0] for log_p in (log_mu, log_pi)]
+    best = [jnp.take_along_axis(log_p, rollout.topk_ids, -1) for log_p in (log_mu, log_pi)]
+    support = *sampled, rollout.response_tokens, rollout.topk_ids, *best
+    for kind in ("tv", "kl"):
+        exact, binary, topk = (
+            float(jnp.sum(getattr(divergence, f"{form}_{kind}")(*of), where=mask))
+            for form, of in (("exact", (log_mu, log_pi)), ("binary", sampled), ("topk", support))
+        )
+        assert numbers[f"divergence/exact_{kind}_mean"] == pytest.approx(
+            exact / mask.sum(), rel=1e-3
+        )
+        assert numbers[f"divergence/binary_{kind}_over_exact"] == pytest.approx(
+            binary / exact, 1e-3
+        )
+        assert numbers[f"divergence/topk_{kind}_over_exact"] == pytest.approx(topk / exact, 1e-3)
+        assert 0 < binary < topk < exact
+
+
+ON_A_MESH = """
+import jax, numpy as np
+from jax.sharding import AxisType
+from dppo_jax.kernels import divergences as module, xla
+from dppo_jax.kernels.divergences import Policy, divergences
+from dppo_jax.metrics import reduce_metrics
+from dppo_jax.models.decoder import full_forward
+from dppo_jax.records import Rollout
+from dppo_jax.scoring import score, tightness
+from dppo_jax.kernels.sharded import Layout
+from test_exact_divergences import moved, plain64, policy
+xla.CHUNK_LOGITS, module.LEAST_COLUMNS = 1, 128
+rng = np.random.default_rng(0)
+mu = policy(rng, 16, 8, 1040, "float32", 0.8)
+pi = moved(rng, mu, 0.1)
+mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+layout = Layout(tokens=("data",), vocabulary="model", width="data")
+def both(*arrays):
+    mu, pi = Policy(*arrays[:2], 0.8), Policy(*arrays[2:], 0.8)
+    return divergences(mu, pi, layout=layout)
+with jax.set_mesh(mesh):
+    program = jax.jit(both).lower(*mu[:2], *pi[:2]).compile()
+    for a, b in zip(program(*mu[:2], *pi[:2]), plain64(mu, pi)):
+        np.testing.assert_allclose(np.asarray(a), b, rtol=1e-4)
+text = program.as_text()
+# what crosses the mesh is numbers a token: [8] of them on each device
+crossing = [line.split(" = ")[1].split(" all-")[0] for line in text.splitlines()
+            if " all-reduce(" in line or " all-gather(" in line]
+assert crossing and not [shape for shape in crossing if "1040" in shape or "260" in shape], crossing
+print("same")
+"""
+
+
+@pytest.mark.multidevice
+def test_a_split_vocabulary_gives_the_same_values():
+    here = os.path.dirname(os.path.abspath(__file__))
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(here), here]),
+    }
+    run = [sys.executable, "-c", ON_A_MESH]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "same", done.stderr

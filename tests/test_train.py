@@ -158,6 +158,37 @@ def test_a_recomputed_anchor(dppo, toy_recipe, tmp_path, overrides):
     assert line["update/gradient_norm"] > 0 and 0 <= line["divergence/mean"] < 0.1
 
 
+EXACT = ["tv_mean", "kl_mean"]
+RATIOS = [f"{bound}_{kind}_over_exact" for bound in ("binary", "topk") for kind in ("tv", "kl")]
+
+
+def test_exact_divergences_as_objective_and_as_metric(dppo, toy_recipe, tmp_path):
+    """Every second step measures; binary <= top-K <= exact; nothing compiles late."""
+    done = dppo(
+        "train", toy_recipe, "--workdir", tmp_path / "run", "--gin.STEPS=3", "--gin.MICROBATCHES=2",
+        "--gin.train.train.objective=@objectives.dppo_exact_tv()",
+        "--gin.train.train.exact_divergence_every=2",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    written = lines(tmp_path / "run" / "metrics.jsonl")
+    for line in written:
+        assert line["update/gradient_norm"] > 0 and 0 <= line["divergence/mean"] < 0.2
+        measured = {name for name in line if "exact" in name}
+        expected = {f"divergence/exact_{name}" for name in EXACT}
+        expected |= {f"divergence/{name}" for name in RATIOS}
+        assert measured == (expected if line["step"] == 1 else set())
+    assert [line["time/compilations"] for line in written[1:]] == [0, 0]
+    line = written[1]
+    # the objective measures before each of the two gradient steps, the metric after both
+    assert line["divergence/exact_tv_mean"] > line["divergence/mean"] > 0
+    for kind in ("tv", "kl"):
+        binary, topk = (
+            line[f"divergence/{bound}_{kind}_over_exact"] for bound in ("binary", "topk")
+        )
+        assert line[f"divergence/exact_{kind}_mean"] > 0
+        assert 0 < binary < topk < 1.0001
+
+
 def test_a_run_of_two_seeds_differs(dppo, run, toy_recipe, tmp_path):
     flags = ("--gin.SEED=1", "--gin.STEPS=1")
     done = dppo("train", toy_recipe, "--workdir", tmp_path / "run", *flags)

@@ -11,7 +11,7 @@ import pytest
 
 from dppo_jax.metrics import CompilationCounter, reduce_metrics
 from dppo_jax.models.decoder import Model, full_forward
-from dppo_jax.objectives import dppo_binary_tv, seq_mean_token_mean, token_mean
+from dppo_jax.objectives import dppo_binary_tv, dppo_exact_tv, seq_mean_token_mean, token_mean
 from dppo_jax.optimizer import adamw
 from dppo_jax.records import Batch, LossSum, Mean, Rollout, TrainState, fold_metrics
 from dppo_jax.scoring import score
@@ -314,6 +314,15 @@ def test_a_state_that_the_objective_carries(small):
         assert reduce_metrics(metrics)["dual/seen"] == expected
     assert float(state.objective_state["dual"]) == 2.0 + 2 * tokens
     assert float(objective.initial_state["dual"]) == 2  # an update donates its own copy only
+
+
+def test_the_parameters_that_sampled_go_with_exact_divergences(small):
+    model, params = small
+    state = init_state(jax.tree.map(jnp.copy, params), optax.sgd(0.0))
+    for objective, extra in ((dppo_exact_tv(), ()), (dppo_binary_tv(), (params,))):
+        update = make_update(model, objective, optax.sgd(0.0), temperature=1.0)
+        with pytest.raises(ValueError, match="parameters that sampled"):
+            update(state, made_batch(), *extra)
 
 
 def test_a_batch_without_a_token_moves_nothing(small, stepped):

@@ -4,15 +4,16 @@ Two passes over chunks of the vocabulary: the normaliser of each policy, then th
 logits computed anew. 8 N D V flops, forward only.
 """
 
-import math
+from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
+from dppo_jax.kernels.head import checked_transform
+from dppo_jax.kernels.sharded import Layout, on_mesh
 from dppo_jax.kernels.xla import (
-    Transform,
     _chunk,
     _over_chunks,
     chunk_columns,
@@ -43,36 +44,47 @@ class Divergences(NamedTuple):
     reverse_kl: Float[Array, " N"]  # KL(π || μ), nats
 
 
-def divergences(mu: Policy, pi: Policy) -> Divergences:
+def divergences(mu: Policy, pi: Policy, *, layout: Layout | None = None) -> Divergences:
     """Total variation and both KL divergences of two policies over the same vocabulary.
 
     With g = log μ - log π, each accurate where the policies nearly agree (no 1 - 1):
     μ - π = ± max(μ, π) (1 - e^{-|g|}), and Σ μ g = Σ (μ g - (μ - π)), whose terms are all >= 0.
     A probability of 0 adds 0 log 0 = 0; KL is +inf where its second policy alone has a 0.
     Equal policies give exactly 0. Nothing is differentiated: the outputs are constants.
-    Widths D may differ; each policy's matrix product is in its own inputs' precision.
+    Widths D may differ; each policy's matrix product is in its own inputs' precision. `layout` as
+    in `head`: of both policies, on the mesh that is set.
 
     Raises:
       ValueError: wrong ranks, sizes that disagree, no vocabulary, temperature or soft_cap not
         above 0, when tracing, with the shapes.
     """
-    tokens, vocabulary = _check(mu, pi)
-    mu, pi = (
-        policy._replace(
-            hidden=jax.lax.stop_gradient(policy.hidden),
-            unembedding=jax.lax.stop_gradient(policy.unembedding),
-        )
-        for policy in (mu, pi)
-    )
-    transforms = [_transform(p) for p in (mu, pi)]
-    dtype = jnp.promote_types(statistics_dtype(*mu[:2]), statistics_dtype(*pi[:2]))
+    _check(mu, pi)
+    arrays = lax.stop_gradient((*mu[:2], *pi[:2]))
+    transforms = [checked_transform(p.temperature, p.soft_cap) for p in (mu, pi)]
+    if layout is None:
+        return _streamed(*arrays, transforms=transforms)
+    for policy in (mu, pi):
+        layout.check(len(policy.hidden), *policy.unembedding.shape)
+    local = partial(_streamed, transforms=transforms, axis=layout.vocabulary)
+    policies = (layout.rows, layout.matrix, layout.rows, layout.matrix)
+    return on_mesh(local, policies, layout.rows)(*arrays)
+
+
+def _streamed(
+    hidden_mu, unembedding_mu, hidden_pi, unembedding_pi, *, transforms, axis: str | None = None
+) -> Divergences:
+    """`divergences`; where the vocabulary is split over the mesh axis `axis`, on one of its
+    devices."""
+    policies = ((hidden_mu, unembedding_mu), (hidden_pi, unembedding_pi))
+    (tokens, _), (vocabulary, _) = hidden_mu.shape, unembedding_mu.shape
+    dtype = jnp.promote_types(*(statistics_dtype(*policy) for policy in policies))
     columns = chunk_columns(2 * tokens, vocabulary, LEAST_COLUMNS)
 
     def logits(index) -> list[Array]:
         both = []
-        for policy, transform in zip((mu, pi), transforms, strict=True):
-            chunk = _chunk(policy.unembedding, index, columns)
-            z = logits_of(contract(policy.hidden, chunk.rows, 1, 1, dtype), transform)
+        for (hidden, unembedding), transform in zip(policies, transforms, strict=True):
+            chunk = _chunk(unembedding, index, columns)
+            z = logits_of(contract(hidden, chunk.rows, 1, 1, dtype), transform)
             both.append(z if chunk.fresh is None else jnp.where(chunk.fresh, z, -jnp.inf))
         return both
 
@@ -93,8 +105,12 @@ def divergences(mu: Policy, pi: Policy) -> Divergences:
     zero = jnp.zeros((tokens,), dtype)
     none = _Normaliser(zero + jnp.finfo(dtype).min, zero)
     normalisers = _over_chunks(normalise, [none, none], vocabulary, columns)
+    if axis is not None:
+        normalisers = [n.over(axis) for n in normalisers]
     sums = _over_chunks(compare, Divergences(zero, zero, zero), vocabulary, columns)
-    # rounding may leave a term of nearly equal probabilities below 0
+    if axis is not None:
+        sums = lax.psum(sums, axis)
+    # rounding may leave a sum over nearly equal probabilities below 0
     return Divergences(
         jnp.minimum(sums.tv, 1.0), jnp.maximum(sums.kl, 0.0), jnp.maximum(sums.reverse_kl, 0.0)
     )
@@ -112,18 +128,16 @@ class _Normaliser(NamedTuple):
         s = jnp.exp(self.m - m) * self.s + jnp.exp(z - m[:, None]).sum(axis=1)
         return _Normaliser(m, s)
 
+    def over(self, axis: str) -> "_Normaliser":
+        """That of the whole vocabulary, from its parts on the devices along a mesh axis."""
+        m = lax.pmax(self.m, axis)
+        return _Normaliser(m, lax.psum(self.s * jnp.exp(self.m - m), axis))
+
     def log_probs(self, z: Float[Array, "N C"]) -> Float[Array, "N C"]:
         return z - self.m[:, None] - jnp.log(self.s)[:, None]
 
 
-def _transform(policy: Policy) -> Transform:
-    for name, value in (("temperature", policy.temperature), ("soft_cap", policy.soft_cap)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number above 0; got {value}")
-    return Transform(policy.temperature, policy.soft_cap)
-
-
-def _check(mu: Policy, pi: Policy) -> tuple[int, int]:
+def _check(mu: Policy, pi: Policy) -> None:
     shapes = ", ".join(
         f"{name}.hidden {p.hidden.shape}, {name}.unembedding {p.unembedding.shape}"
         for name, p in (("mu", mu), ("pi", pi))
@@ -136,4 +150,3 @@ def _check(mu: Policy, pi: Policy) -> tuple[int, int]:
         raise ValueError(f"divergences: the policies' token counts N differ: {shapes}")
     if mu.unembedding.shape[0] != pi.unembedding.shape[0] or not mu.unembedding.shape[0]:
         raise ValueError(f"divergences wants one vocabulary V of at least 1: {shapes}")
-    return mu.hidden.shape[0], mu.unembedding.shape[0]

@@ -96,7 +96,7 @@ def head(
         Both when tracing, with the shapes.
     """
     _check(hidden, unembedding, ids)
-    transform = _transform(temperature, soft_cap)
+    transform = checked_transform(temperature, soft_cap)
     name = _default_body(hidden, unembedding, ids, layout) if body is None else body
     if name not in _BODIES:
         raise ValueError(f"unknown head body {name!r}; known: {', '.join(sorted(_BODIES))}")
@@ -141,7 +141,7 @@ def fused_loss(
     index = _index(ids, unembedding.shape[0])
     if layout is not None:
         layout.check(len(hidden), *unembedding.shape)
-    setting = _Setting(_transform(temperature, soft_cap), stored_gradient, layout)
+    setting = _Setting(checked_transform(temperature, soft_cap), stored_gradient, layout)
     total, terms = _fused_loss(loss, setting, hidden, unembedding, index, rows)
     return total, jax.lax.stop_gradient(terms)
 
@@ -188,7 +188,8 @@ def _default_body(hidden: Array, unembedding: Array, ids: Array, layout: Layout 
     return "pallas_tpu" if alone and tpu.why_not(hidden, unembedding, ids) is None else "xla"
 
 
-def _transform(temperature: float, soft_cap: float | None) -> Transform:
+def checked_transform(temperature: float, soft_cap: float | None) -> Transform:
+    """The logits' transform; raises ValueError unless both are above 0 (no soft-cap: None)."""
     for name, value in (("temperature", temperature), ("soft_cap", soft_cap)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a finite number above 0; got {value}")
