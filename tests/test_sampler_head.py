@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dppo_jax.kernels import streamed_sampler, tiles
+from dppo_jax.kernels.drawing import draw, inverse_cdf
 from dppo_jax.kernels.filters import Filters, threshold
-from dppo_jax.kernels.sampler import draw, inverse_cdf, sample
+from dppo_jax.kernels.sampler import sample
+from dppo_jax.kernels.streamed_sampler import streamed
 
 
 def kept64(logits, filters):
@@ -190,3 +193,112 @@ def test_inverse_cdf_never_leaves_the_support():
     for total in (0.3, 1.0, 1.7):
         p = jnp.array([[0.0, total, 0.0, 0.0, 0.0]] * 4096, jnp.float32)
         assert (np.asarray(inverse_cdf(p, jax.random.key(1))) == 1).all()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of at most 128 columns, so that small vocabularies need several."""
+    monkeypatch.setattr(streamed_sampler, "COLUMNS", 128)
+
+
+def head_of(logits):
+    """Inputs of the head whose logits are exactly the given rows."""
+    return jnp.asarray(logits, jnp.float32), jnp.eye(np.shape(logits)[1])
+
+
+@pytest.mark.parametrize("vocab", [1, 37, 128, 129, 300, 512])
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_the_streamed_form_records_what_the_plain_form_does(small_chunks, vocab, temperature):
+    """Ragged vocabularies, batches and bins; ties, of which the first come first."""
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(size=(5, vocab)).astype(np.float32) * 4
+    logits[2] = np.round(logits[2])
+    logits[4] = 1.5
+    k = min(vocab, 6)
+    key = jax.random.key(0)
+    ours, exact = jax.jit(streamed, static_argnames=("temperature", "top_k_capture", "bins"))(
+        *head_of(logits), key, temperature=temperature, top_k_capture=k, bins=24
+    )
+    want = draw(jnp.asarray(logits), key, temperature, k)
+    assert exact[0] and (not exact[4] or vocab <= 96)  # 24 bins of 4 keep all there is
+    np.testing.assert_array_equal(ours.topk_ids, want.topk_ids)
+    np.testing.assert_allclose(ours.topk_logp, want.topk_logp, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours.entropy, want.entropy, rtol=1e-5, atol=1e-5)
+    logp = np.asarray(jax.nn.log_softmax(logits / (temperature or 1.0)))
+    np.testing.assert_allclose(
+        ours.logp, logp[np.arange(5), np.asarray(ours.token)], rtol=1e-5, atol=1e-5
+    )
+    assert ours.token.dtype == ours.topk_ids.dtype == jnp.int32
+    if not temperature:
+        np.testing.assert_array_equal(ours.token, want.token)
+
+
+def test_rows_that_the_candidates_would_miss(small_chunks):
+    """The six largest in one bin of depth 4: told, and repaired. So with -inf among the K."""
+    logits = np.random.default_rng(0).normal(size=(3, 300))
+    logits[0, 7 + 24 * np.arange(6)] = [9, 8, 7, 6, 5, 4]
+    logits[2, 5:] = -np.inf
+    options = dict(temperature=1.0, top_k_capture=6, bins=24)
+    run = jax.jit(lambda *args: streamed(*args, **options))
+    # an identity matrix would multiply the infinities by 0
+    hidden, matrix = jnp.eye(3), jnp.asarray(np.where(np.isinf(logits), -1e30, logits).T, "float32")
+    ours, exact = run(hidden, matrix, jax.random.key(1))
+    np.testing.assert_array_equal(exact, [False, True, False])
+    want = draw(matrix.T, jax.random.key(1), 1.0, 6)
+    np.testing.assert_array_equal(ours.topk_ids, want.topk_ids)
+    np.testing.assert_allclose(ours.topk_logp[:2], want.topk_logp[:2], rtol=1e-5, atol=1e-5)
+    # the same without the row that fails takes no second pass
+    alone, exact = run(hidden[1:2], matrix, jax.random.key(1))
+    assert exact.all()
+    np.testing.assert_array_equal(alone.topk_ids[0], want.topk_ids[1])
+
+
+def test_streamed_frequencies(small_chunks):
+    """Chi-square of 40,000 draws over three chunks, one of them nearly impossible."""
+    vocab, draws = 300, 40_000
+    z = np.random.default_rng(1).normal(size=vocab) * 2
+    z[128:256] -= 12
+    p = np.exp(z) / np.exp(z).sum()
+    hidden, matrix = jnp.ones((draws, 1)), jnp.asarray(z[:, None], jnp.float32)
+    out, _ = jax.jit(lambda key: streamed(
+        hidden, matrix, key, temperature=1.0, top_k_capture=1, bins=32
+    ))(jax.random.key(5))  # fmt: skip
+    counts = np.bincount(np.asarray(out.token), minlength=vocab)
+    usual = p * draws >= 5
+    observed = np.append(counts[usual], counts[~usual].sum())
+    expected = np.append(p[usual], p[~usual].sum()) * draws
+    chi2 = ((observed - expected) ** 2 / expected).sum()
+    freedom = len(expected) - 1
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
+
+
+def test_the_form_is_chosen_by_platform_and_vocabulary(monkeypatch):
+    hidden, small = jnp.ones((2, 4)), jnp.ones((9, 4))
+    options = dict(temperature=1.0, top_k_capture=3)
+
+    def loops(vocab, filters=Filters()):  # noqa: B008  frozen
+        def head(x, w, key):
+            return sample(x, w, key, filters=filters, **options)
+
+        matrix = jax.ShapeDtypeStruct((vocab, 4), "float32")
+        return "cond[" in str(jax.make_jaxpr(head)(hidden, matrix, jax.random.key(0)))
+
+    assert not loops(50_000)
+    monkeypatch.setattr(tiles, "target", lambda: tiles.Target("tpu", "TPU v5e", True))
+    assert loops(50_000) and not loops(1024) and not loops(50_000, Filters(top_p=0.9))
+    with pytest.raises(ValueError, match="knows no filters"):
+        sample(
+            hidden, small, jax.random.key(0), filters=Filters(top_k=2), form="streamed", **options
+        )
+
+
+def test_the_streamed_form_never_holds_the_logits():
+    batch, vocab, width = 64, 151936, 32
+    shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((batch, width), (vocab, width))]
+
+    def head(x, w):
+        return streamed(x, w, jax.random.key(0), temperature=0.9, top_k_capture=20)
+
+    compiled = jax.jit(head).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < batch * vocab * 4 / 2
+    assert f"[{batch},{vocab}]" not in compiled.as_text()

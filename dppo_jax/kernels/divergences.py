@@ -14,11 +14,11 @@ from jaxtyping import Array, Float
 from dppo_jax.kernels.head import checked_transform
 from dppo_jax.kernels.sharded import Layout, on_mesh
 from dppo_jax.kernels.xla import (
-    _chunk,
-    _over_chunks,
+    chunk_at,
     chunk_columns,
     contract,
     logits_of,
+    over_chunks,
     statistics_dtype,
 )
 
@@ -83,7 +83,7 @@ def _streamed(
     def logits(index) -> list[Array]:
         both = []
         for (hidden, unembedding), transform in zip(policies, transforms, strict=True):
-            chunk = _chunk(unembedding, index, columns)
+            chunk = chunk_at(unembedding, index, columns)
             z = logits_of(contract(hidden, chunk.rows, 1, 1, dtype), transform)
             both.append(z if chunk.fresh is None else jnp.where(chunk.fresh, z, -jnp.inf))
         return both
@@ -104,10 +104,10 @@ def _streamed(
 
     zero = jnp.zeros((tokens,), dtype)
     none = _Normaliser(zero + jnp.finfo(dtype).min, zero)
-    normalisers = _over_chunks(normalise, [none, none], vocabulary, columns)
+    normalisers = over_chunks(normalise, [none, none], vocabulary, columns)
     if axis is not None:
         normalisers = [n.over(axis) for n in normalisers]
-    sums = _over_chunks(compare, Divergences(zero, zero, zero), vocabulary, columns)
+    sums = over_chunks(compare, Divergences(zero, zero, zero), vocabulary, columns)
     if axis is not None:
         sums = lax.psum(sums, axis)
     # rounding may leave a sum over nearly equal probabilities below 0

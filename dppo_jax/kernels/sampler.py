@@ -1,76 +1,17 @@
 """The sampler's head: hidden states to the next token and what is recorded of its distribution."""
 
-from typing import NamedTuple
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from dppo_jax.kernels.filters import Filters, threshold
+from dppo_jax.kernels import tiles
+from dppo_jax.kernels.drawing import Drawn, draw
+from dppo_jax.kernels.filters import Filters
+from dppo_jax.kernels.streamed_sampler import streamed
 
-
-class Drawn(NamedTuple):
-    """What one decoding step records of the distribution that it sampled from."""
-
-    token: Int[Array, " B"]
-    logp: Float[Array, " B"]
-    topk_ids: Int[Array, "B K"]  # most likely first
-    topk_logp: Float[Array, "B K"]  # -inf where fewer than K tokens may be sampled
-    entropy: Float[Array, " B"]  # nats
-
-
-def inverse_cdf(p: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
-    """Draws an index a row with probability p / sum(p); an index of probability 0 never.
-
-    First a block of about √V indices, then an index in it, each with its own uniform number: two
-    random numbers a row instead of V, and a resolution of 2⁻⁴⁶ where one would give 2⁻²³.
-    """
-    batch, vocab = p.shape
-    width = max(1, int(vocab**0.5))
-    blocks = jnp.pad(p, ((0, 0), (0, -vocab % width))).reshape(batch, -1, width)
-    uniform = jax.random.uniform(key, (2, batch))
-
-    def pick(weights, u):  # the first index whose cumulative weight exceeds u of the total
-        cumulative = jnp.cumsum(weights, axis=-1)
-        target = u[:, None] * cumulative[:, -1:]
-        # u < 1, yet u * total can round up to the total.
-        below_total = jnp.minimum(target, jnp.nextafter(cumulative[:, -1:], 0.0))
-        return jnp.sum(cumulative <= below_total, axis=-1)
-
-    block = pick(jnp.sum(blocks, axis=-1), uniform[0])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return (block * width + pick(inside, uniform[1])).astype(jnp.int32)
-
-
-def draw(
-    logits: Float[Array, "B V"],
-    key: Array,
-    temperature: float,
-    top_k_capture: int,
-    filters: Filters = Filters(),  # noqa: B008  frozen
-    *,
-    record_unfiltered: bool = False,
-) -> Drawn:
-    """Samples from softmax(logits / temperature) within `filters`, and records that distribution.
-
-    Temperature 0 takes the most likely token, the first of equals, and records temperature 1.
-    What is recorded is the distribution sampled from: zero outside the filters' kept set and
-    renormalised (vLLM's `processed_logprobs`), or, with `record_unfiltered`, the one before the
-    filters, at the same temperature.
-    """
-    z = logits.astype(jnp.float32) / (temperature or 1.0)
-    kept = jnp.where(z >= threshold(z, filters)[:, None], z, -jnp.inf) if filters.on else z
-    recorded = z if record_unfiltered else kept
-    logp = jax.nn.log_softmax(recorded, axis=-1)
-    p = jnp.exp(logp)
-    if temperature:
-        token = inverse_cdf(p if recorded is kept else jnp.where(kept > -jnp.inf, p, 0.0), key)
-    else:
-        token = jnp.argmax(logp, axis=-1)
-    logp_token = jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
-    topk_logp, topk_ids = jax.lax.top_k(logp, top_k_capture)
-    entropy = -jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1)
-    return Drawn(token, logp_token, topk_ids, topk_logp, entropy)
+# From here the copies of B x V that `draw` makes take as long as reading the matrix on a TPU.
+STREAM_FROM = 32768
 
 
 def sample(
@@ -83,8 +24,36 @@ def sample(
     filters: Filters = Filters(),  # noqa: B008  frozen
     soft_cap: float | None = None,
     record_unfiltered: bool = False,
+    form: Literal["plain", "streamed"] | None = None,
 ) -> Drawn:
-    """`draw` from the logits soft_cap * tanh(x.w / soft_cap), accumulated in float32."""
+    """A token a row from softmax(z), z = soft_cap * tanh(x.w / soft_cap) / temperature.
+
+    Logits are accumulated in float32. What is recorded is exact in either form; temperature 0 and
+    the filters as in `drawing.draw`. Forms: "plain" has all B x V logits, several times;
+    "streamed" never, and knows no filters. None chooses: streamed for a large vocabulary on a
+    device of its own that is a TPU, plain elsewhere. The forms draw different tokens from one key.
+
+    Raises:
+      ValueError: filters in the streamed form, an unknown form.
+    """
+    if form is None:
+        target = tiles.target()
+        large = len(unembedding) >= STREAM_FROM and target.platform == "tpu" and target.one_device
+        form = "streamed" if large and not filters.on else "plain"
+    if form == "streamed":
+        if filters.on:
+            raise ValueError(f"the streamed form knows no filters, got {filters}: use form='plain'")
+        drawn, _ = streamed(
+            hidden,
+            unembedding,
+            key,
+            temperature=temperature,
+            top_k_capture=top_k_capture,
+            soft_cap=soft_cap,
+        )
+        return drawn
+    if form != "plain":
+        raise ValueError(f"unknown form {form!r} of the sampler's head; known: plain, streamed")
     logits = jnp.dot(hidden, unembedding.T, preferred_element_type=jnp.float32)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)

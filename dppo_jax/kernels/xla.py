@@ -65,6 +65,11 @@ def chunk_columns(tokens: int, vocabulary: int, least: int | None = None) -> int
     of the matrix, and equal chunks keep the overlap under one tile a chunk.
     """
     columns = max(LEAST_COLUMNS if least is None else least, CHUNK_LOGITS // max(tokens, 1))
+    return even_columns(vocabulary, columns)
+
+
+def even_columns(vocabulary: int, columns: int) -> int:
+    """At most about `columns`, so that chunks are nearly equal."""
     if vocabulary <= columns:
         return vocabulary
     even = -(-vocabulary // -(-vocabulary // columns))
@@ -91,24 +96,25 @@ def logits_of(products: Array, transform: Transform) -> Array:
     return products if transform.temperature == 1.0 else products / transform.temperature
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     start: int | Array
     rows: Array  # [C, D] of the unembedding
     fresh: Array | None  # [C], False where an earlier chunk had the column; None: all True
 
 
-def _chunk(unembedding: Array, index: int | Array, columns: int) -> _Chunk:
+def chunk_at(unembedding: Array, index: int | Array, columns: int) -> Chunk:
+    """Chunk `index`; the last one of a vocabulary that is no multiple starts early."""
     vocabulary = unembedding.shape[0]
     if columns == vocabulary:
-        return _Chunk(0, unembedding, None)
+        return Chunk(0, unembedding, None)
     first = index * columns
     start = jnp.minimum(first, vocabulary - columns)
     rows = lax.dynamic_slice_in_dim(unembedding, start, columns)
     ragged = vocabulary % columns != 0
-    return _Chunk(start, rows, start + jnp.arange(columns) >= first if ragged else None)
+    return Chunk(start, rows, start + jnp.arange(columns) >= first if ragged else None)
 
 
-def _over_chunks(step: Callable, state, vocabulary: int, columns: int):
+def over_chunks(step: Callable, state, vocabulary: int, columns: int):
     """Runs step(index, state) for every chunk; one chunk needs no loop."""
     if columns == vocabulary:
         return step(0, state)
@@ -131,7 +137,7 @@ def forward(
 
     def step(index, state):
         m, s, t, logit_at, _ = state
-        chunk = _chunk(unembedding, index, columns)
+        chunk = chunk_at(unembedding, index, columns)
         products = contract(hidden, chunk.rows, 1, 1, dtype)
         z = logits_of(products, transform)
 
@@ -159,7 +165,7 @@ def forward(
     # rows whose first chunks are all -inf.
     zero = jnp.zeros((tokens,), dtype)
     state = (zero + jnp.finfo(dtype).min, zero, zero, jnp.full(ids.shape, jnp.nan, dtype), None)
-    m, s, t, logit_at, products = _over_chunks(step, state, vocabulary, columns)
+    m, s, t, logit_at, products = over_chunks(step, state, vocabulary, columns)
     log_s = jnp.log(s)
     return (m + log_s, logit_at, log_s - t / s), products
 
@@ -182,7 +188,7 @@ def backward(
     tokens, vocabulary = hidden.shape[0], unembedding.shape[0]
     columns = chunk_columns(tokens, vocabulary)
 
-    def products_cotangent(chunk: _Chunk) -> Array:
+    def products_cotangent(chunk: Chunk) -> Array:
         products = saved.products
         if products is None:
             products = contract(hidden, chunk.rows, 1, 1, dtype)
@@ -209,7 +215,7 @@ def backward(
 
     def step(index, state):
         d_hidden, d_unembedding = state
-        chunk = _chunk(unembedding, index, columns)
+        chunk = chunk_at(unembedding, index, columns)
         dz = products_cotangent(chunk)
         if d_hidden is not None:
             # Rows met before are zeroed here and not in dz, so that rewriting their
@@ -229,7 +235,7 @@ def backward(
         jnp.zeros(hidden.shape, dtype) if saved.wants_hidden else None,
         jnp.zeros_like(unembedding) if saved.wants_unembedding else None,
     )
-    d_hidden, d_unembedding = _over_chunks(step, state, vocabulary, columns)
+    d_hidden, d_unembedding = over_chunks(step, state, vocabulary, columns)
     return d_hidden, d_unembedding
 
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dppo_jax.kernels.drawing import Drawn
 from dppo_jax.kernels.filters import Filters
-from dppo_jax.kernels.sampler import Drawn, sample
+from dppo_jax.kernels.sampler import sample
 from dppo_jax.models.attention import NEGATIVE, soft_capped
 from dppo_jax.models.block import Block
 from dppo_jax.models.config import DecoderConfig

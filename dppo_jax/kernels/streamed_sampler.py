@@ -1,0 +1,186 @@
+"""The sampler's head over chunks of the vocabulary, for vocabularies too large to hold B x V.
+
+One pass over the unembedding: while a chunk's logits are alive they give the running sums m, s, t
+of `xla`, a token drawn within the chunk, and candidates for the K most likely. Nothing is kept of
+them but numbers a row.
+
+Drawing: the token so far stays with probability s_before / s_after and is replaced by the chunk's
+own draw otherwise, which makes it a draw from the whole (reservoir sampling): four random numbers a
+row and chunk, where Gumbel-max takes one a logit.
+
+Candidates: a chunk's columns fall into bins in turn, and each bin keeps its 4 or 6 largest logits,
+by comparisons alone, where a sort of the chunk would cost a TPU more than the matrix product. The
+largest logit that no bin kept is remembered too: where the K-th candidate exceeds it, the K are
+exactly the most likely. `exact` says so for each row, and where one row fails, its batch takes a
+second pass that sorts (`lax.cond`). Where likely tokens are spread at random the chance of that is
+1e-4 a row at K = 64, 512 bins of 4, and less for smaller K.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from dppo_jax.kernels.drawing import Drawn, inverse_cdf
+from dppo_jax.kernels.xla import (
+    LEAST_LOG_P,
+    Transform,
+    chunk_at,
+    contract,
+    even_columns,
+    logits_of,
+    over_chunks,
+)
+
+BINS = 512
+# Of a chunk: with a batch of 256 its logits take 8 MiB, and reading its rows of W takes tens of
+# microseconds, long beside the fixed cost of a step.
+COLUMNS = 8192
+
+
+class _Draw(NamedTuple):
+    """The token so far; with temperature 0 the most likely one."""
+
+    token: Int[Array, " B"]
+    logit: Float[Array, " B"]
+
+
+class _State(NamedTuple):
+    m: Float[Array, " B"]  # max z
+    s: Float[Array, " B"]  # Σ e^(z-m)
+    t: Float[Array, " B"]  # Σ (z-m) e^(z-m)
+    draw: _Draw
+    best: "_Candidates"
+
+
+class _Candidates(NamedTuple):
+    """The largest logits of each bin, largest first, and their columns."""
+
+    logit: tuple[Float[Array, "B bins"], ...]  # depth of them
+    column: tuple[Int[Array, "B bins"], ...]
+    dropped: Float[Array, "B bins"]  # the largest that is not among them
+
+    @classmethod
+    def none(cls, batch: int, bins: int, depth: int) -> "_Candidates":
+        logit = jnp.full((batch, bins), -jnp.inf, jnp.float32)
+        return cls((logit,) * depth, (jnp.zeros((batch, bins), jnp.int32),) * depth, logit)
+
+    def with_logits(self, z: Float[Array, "B C"], start: int | Array) -> "_Candidates":
+        """After a chunk whose first column is `start`; of equals, the earlier column stays."""
+        bins = self.logit[0].shape[1]
+        logits, columns, dropped = list(self.logit), list(self.column), self.dropped
+        for first in range(0, z.shape[1], bins):
+            here = z[:, first : first + bins]
+            short = bins - here.shape[1]
+            value = jnp.pad(here, ((0, 0), (0, short)), constant_values=-jnp.inf)
+            column = jnp.broadcast_to(start + first + jnp.arange(bins), value.shape)
+            for rank in range(len(logits)):
+                larger = value > logits[rank]
+                logits[rank], value = (
+                    jnp.where(larger, value, logits[rank]),
+                    jnp.where(larger, logits[rank], value),
+                )
+                columns[rank], column = (
+                    jnp.where(larger, column, columns[rank]),
+                    jnp.where(larger, columns[rank], column),
+                )
+            dropped = jnp.maximum(dropped, value)
+        return _Candidates(tuple(logits), tuple(columns), dropped)
+
+    def top(self, k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"], Bool[Array, " B"]]:
+        """(logits, columns, exact) of the k largest; of equals, the earlier column first."""
+        logit, column = jnp.concatenate(self.logit, 1), jnp.concatenate(self.column, 1)
+        logit, column = largest(logit, column, k)
+        return logit, column, logit[:, -1] > jnp.max(self.dropped, axis=1)
+
+
+def largest(
+    logit: Float[Array, "B N"], column: Int[Array, "B N"], k: int
+) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """The k largest, largest first, of equals the earlier column, as `lax.top_k` of whole rows."""
+    falling, column = lax.sort((-logit, column), num_keys=2)
+    return -falling[:, :k], column[:, :k]
+
+
+def streamed(
+    hidden: Float[Array, "B D"],
+    unembedding: Float[Array, "V D"],
+    key: Array,
+    *,
+    temperature: float,
+    top_k_capture: int,
+    soft_cap: float | None = None,
+    bins: int = BINS,
+) -> tuple[Drawn, Bool[Array, " B"]]:
+    """`drawing.draw` without filters, and whether the candidates were exact in each row.
+
+    The recorded top K is exact whether they were or not.
+    """
+    transform = Transform(temperature or 1.0, soft_cap)
+    batch, vocabulary = len(hidden), len(unembedding)
+    columns = even_columns(vocabulary, COLUMNS)
+    depth = 4 if top_k_capture <= 64 else 6
+
+    def logits(index) -> tuple[Array, int | Array]:
+        chunk = chunk_at(unembedding, index, columns)
+        z = logits_of(contract(hidden, chunk.rows, 1, 1, jnp.float32), transform)
+        return (z if chunk.fresh is None else jnp.where(chunk.fresh, z, -jnp.inf)), chunk.start
+
+    def step(index, state: _State) -> _State:
+        z, start = logits(index)
+        m = jnp.maximum(state.m, z.max(axis=1))
+        e = jnp.exp(z - m[:, None])
+        scale = jnp.exp(state.m - m)
+        before, here = scale * state.s, e.sum(axis=1)
+        u = jnp.maximum(z - m[:, None], LEAST_LOG_P)
+        t = scale * (state.t + (state.m - m) * state.s) + (u * jnp.exp(u)).sum(axis=1)
+        if temperature:
+            within, across = jax.random.split(jax.random.fold_in(key, index))
+            at = inverse_cdf(e, within)
+            coarse, fine = jax.random.uniform(across, (2, batch))
+            # the second number resolves what is less likely than the first one's steps, 2^-23
+            replace = (before == 0) | ((coarse + 2.0**-23 * fine) * (before + here) < here)
+        else:
+            at = jnp.argmax(z, axis=1).astype(jnp.int32)
+            replace = z.max(axis=1) > state.draw.logit
+        found = _Draw(start + at, jnp.take_along_axis(z, at[:, None], axis=1)[:, 0])
+        kept = _Draw(
+            *(jnp.where(replace, new, old) for new, old in zip(found, state.draw, strict=True))
+        )
+        return _State(m, before + here, t, kept, state.best.with_logits(z, start))
+
+    zero = jnp.zeros((batch,), jnp.float32)
+    state = _State(
+        zero + jnp.finfo(jnp.float32).min,
+        zero,
+        zero,
+        _Draw(jnp.zeros((batch,), jnp.int32), zero - jnp.inf),
+        _Candidates.none(batch, bins, depth),
+    )
+    state = over_chunks(step, state, vocabulary, columns)
+
+    def sorted_again() -> tuple[Array, Array]:
+        def merge(index, best):
+            z, start = logits(index)
+            column = jnp.broadcast_to(start + jnp.arange(columns), z.shape)
+            # columns that an earlier chunk had come last, so that none is listed twice
+            known = jnp.where(column >= index * columns, column, vocabulary)
+            return largest(
+                jnp.concatenate([best[0], z], axis=1),
+                jnp.concatenate([best[1], known], axis=1),
+                top_k_capture,
+            )
+
+        none = jnp.full((batch, top_k_capture), -jnp.inf, jnp.float32)
+        best = none, jnp.full(none.shape, vocabulary, jnp.int32)
+        return over_chunks(merge, best, vocabulary, columns)
+
+    logit, column, exact = state.best.top(top_k_capture)
+    logit, column = lax.cond(jnp.all(exact), lambda: (logit, column), sorted_again)
+    log_s = jnp.log(state.s)
+    # z - m first: m + log s would round away the digits of log s where |z| is large
+    logp = state.draw.logit - state.m - log_s
+    topk_logp = logit - state.m[:, None] - log_s[:, None]
+    return Drawn(state.draw.token, logp, column, topk_logp, log_s - state.t / state.s), exact
