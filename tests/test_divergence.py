@@ -230,3 +230,13 @@ def test_recorded_policies(index, k):
         np.testing.assert_allclose(union[~outside], slots[~outside], atol=1e-6)
         if k == 1:
             assert (union[outside] > slots[outside]).any()
+
+
+def test_recorded_exact_divergences(shared_data):
+    """TV and KL over a real LM's whole vocabulary against the values recorded in float64."""
+    recorded = json.loads((shared_data / "golden" / "topk_divergence.json").read_text())
+    with np.load(shared_data / "golden" / "stories260K_logprobs.npz") as arrays:
+        mu, pi = jnp.asarray(arrays["rollout"]), jnp.asarray(arrays["new"])
+    for entry in recorded:
+        np.testing.assert_allclose(divergence.exact_tv(mu, pi), entry["exact_tv"], atol=1e-5)
+        np.testing.assert_allclose(divergence.exact_kl(mu, pi), entry["exact_kl"], atol=1e-5)

@@ -71,3 +71,19 @@ def test_dppo_methods_json(dppo):
     assert row["defaults"]["anchor"] == "rollout_anchor" and row["defaults"]["cap"] == "inf"
     (row,) = [row for row in rows if row["name"] == "bapo"]
     assert row["scope"] == "batch" and not row["experimental"]
+
+
+@pytest.mark.slow  # 2 to 4 s a method: the issue asks that every one of them trains
+@pytest.mark.usefixtures("compiled_programs_are_kept")
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_method_trains(method, dppo, toy_recipe, tmp_path):
+    overlay = tmp_path / "run.gin"
+    overlay.write_text(
+        f'from __gin__ import dynamic_registration\ninclude "{toy_recipe}"\n'
+        f'include "{FILES[method.name]}"\nSTEPS = 2\n'
+    )
+    done = dppo("train", overlay, "--workdir", tmp_path / "run")
+    assert done.status == 0, done.err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert all(json.loads(line)["update/gradient_norm"] > 0 for line in lines)

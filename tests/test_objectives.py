@@ -300,28 +300,6 @@ def test_topk_anchor_needs_the_recomputed_topk():
         o.dppo_topk_tv(anchor=o.old_anchor).loss(stats, replace(batch, topk_logp_old=None))
 
 
-def drpo(delta=0.15, aggregate=o.token_mean):
-    """A loss that is no policy gradient, as a researcher would add it: DRPO (arXiv 2606.09821)
-    eq. 8, -A r + |A| μ (r - 1)² / (2δ) with a differentiable ratio and no mask."""
-
-    def token_loss(stats, batch):
-        logp_rollout = batch.rollout.logp_rollout
-        ratio = jnp.exp(jnp.clip(stats.logp - logp_rollout, -20.0, 20.0))
-        penalty = jnp.exp(logp_rollout) * (ratio - 1.0) ** 2 / (2.0 * delta)
-        loss = -batch.advantages * ratio + jnp.abs(batch.advantages) * penalty
-        return o.TokenLoss(loss, jnp.ones(loss.shape, jnp.bool_))
-
-    return o.from_token_loss(token_loss, aggregate=aggregate)
-
-
-def test_a_new_loss_fits_in_ten_lines():
-    """Its gradient is -A r w with w = 1 - sign(A (r - 1)) |π - μ| / δ (eq. 9)."""
-    mu, pi, a = (np.array(v) for v in ([0.3, 0.8, 0.3], [0.4, 0.6, 0.2], [1.3, -0.7, 1.3]))
-    _, gradient = loss_and_gradient(drpo(), *from_probabilities(mu, pi, a))
-    weight = 1 - np.sign(a * (pi / mu - 1)) * np.abs(pi - mu) / 0.15
-    np.testing.assert_allclose(gradient.logp[0], -a * pi / mu * weight, rtol=1e-4)
-
-
 def test_a_new_loss_sees_no_padding():
     """NaN and 1e9 outside response_mask reach neither its value nor its gradient, even where the
     loss itself would turn them into NaN."""

@@ -56,6 +56,7 @@ TABLE = {
     ),
     "vespo": (o.vespo(), UP, None, [-(PRODUCT**2) * exp(3 * (1 - PRODUCT))] * 4),
     "vespo down": (o.vespo(), DOWN, None, [PRODUCT**3 * exp(2 * (1 - PRODUCT))] * 4),
+    "reinforce": (o.reinforce(), MIXED, -np.dot(MIXED, np.log(PI)), -MIXED),
     "cispo": (o.cispo(0.9, 1.4), MIXED, None, -MIXED * [1.1, 0.9, 1.4, 1.4]),
     "cispo default": (o.cispo(), MIXED, -np.dot(MIXED * R, np.log(PI)), -MIXED * R),
     "minpro": (o.minpro(), MIXED, None, -MIXED * [1.1, 0.6 * 1.1, 2.5 * 0.6, 1.5 * 0.6]),

@@ -100,7 +100,7 @@ from dppo_jax.objectives.trust_region import (
     relax_rare,
     unconstrained,
 )
-from dppo_jax.objectives.weighted import cispo, minpro
+from dppo_jax.objectives.weighted import cispo, minpro, reinforce
 
 __all__ = [
     "Aggregation",
@@ -181,6 +181,7 @@ __all__ = [
     "quantile_budget",
     "ratio_measure",
     "ratio_surrogate",
+    "reinforce",
     "relax_rare",
     "rollout_anchor",
     "sapo",

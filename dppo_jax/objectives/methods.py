@@ -95,6 +95,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(o.minirl, "masks π/old outside the clip, weight π/μ", "2512.01374"),
     Method(o.minirl_tis, "MiniRL with weight min(π/μ, C)", "2602.04879 app. C"),
+    Method(o.reinforce, "never masks, no weight: one step a batch", "2505.23585, verl@1dda039b"),
     Method(o.pg_is, "never masks, weight r", "2602.04879 app. C"),
     Method(o.pg_tis, "never masks, weight min(r, C)", "2602.04879 app. C"),
     Method(o.cispo, "never masks, weight clip(r, lowest, highest)", "2506.13585"),

@@ -1,4 +1,4 @@
-"""Score-function losses -w·A·log π with a bounded weight and no mask: CISPO, MinPRO."""
+"""Score-function losses -w·A·log π with a bounded weight and no mask: REINFORCE, CISPO, MinPRO."""
 
 from collections.abc import Callable
 
@@ -15,6 +15,17 @@ from dppo_jax.objectives.measures import (
 )
 from dppo_jax.objectives.policy_gradient import TokenLoss, from_sequence_loss, from_token_loss
 from dppo_jax.records import Batch, Objective, TokenStats
+
+
+def reinforce(aggregate: Aggregation = token_mean) -> Objective:
+    """REINFORCE: -A·log π, no ratio; right where each batch takes one gradient step.
+
+    The loss of OPO (arXiv 2505.23585), of verl@1dda039b's mode `gpg` and, with one step a batch, of
+    REINFORCE++; they differ in their advantages.
+    """
+    return from_token_loss(
+        lambda stats, batch: _score(jnp.ones_like(stats.logp), stats, batch), aggregate=aggregate
+    )
 
 
 def cispo(

@@ -98,9 +98,8 @@ for implementation in ("Stable-RL", "verl"):
     MODES[implementation, "gspo"] = Mode(by_sequence(objectives.gspo_token))
     MODES[implementation, "geo_mean"] = Mode(by_sequence(objectives.gmpo))
     MODES[implementation, "sapo"] = Mode(lambda low, high, cap, aggregate: objectives.sapo())
-    # on policy the weight is 1, which leaves GPG's -A·log π
     MODES[implementation, "gpg"] = Mode(
-        lambda low, high, cap, aggregate: objectives.pg_is(aggregate), "log_prob"
+        lambda low, high, cap, aggregate: objectives.reinforce(aggregate)
     )
 
 

@@ -101,3 +101,12 @@ def test_a_batch_that_the_mesh_does_not_divide(toy_recipe, tmp_path):
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "prompts_per_step=6 is not divisible by the mesh's data=1 x fsdp=4" in refused.stderr
     assert not workdir.exists()
+
+
+def test_objectives_do_not_see_how_a_batch_is_spread():
+    """Those that look at whole sequences or at the whole batch, on rows over eight devices."""
+    done = with_eight_devices(HERE / "sharded_objectives.py")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["devices"] == 8 and len(found["differences"]) == 7
+    assert max(found["differences"].values()) < 2e-5, found
