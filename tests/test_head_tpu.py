@@ -119,16 +119,28 @@ def test_minus_infinity_logits_have_probability_zero(simulated):
 
 
 def test_blocks_of_rows_past_the_count_are_not_computed(simulated):
-    """What is not computed cannot spoil: those rows hold NaN, and the simulator raises none."""
     hidden, unembedding, ids = draw(0, 96, 8, 300, 2)
     count = 33  # the second block of 32 rows begins below it, the third does not
-    spoiled = hidden.at[64:].set(jnp.nan)
     transform = tpu.Transform(1.0, None)
-    lse, logit_at, entropy = tpu.forward(spoiled, unembedding, ids, transform, count)
+    out = tpu.forward(hidden, unembedding, ids, transform, count)
     want, _ = reference64(hidden, unembedding, ids, [None, None, np.ones(96)])
-    for got, expected in zip((lse, logit_at, entropy), want, strict=True):
+    for got, expected in zip(out, want, strict=True):
+        np.testing.assert_allclose(got[:64], expected[:64], rtol=2e-5, atol=2e-5)
+    assert np.isnan(np.asarray(out[1][64:])).all()  # as the kernel leaves what it never meets
+
+
+def test_unused_rows_may_hold_anything(simulated):
+    hidden, unembedding, ids = draw(0, 40, 8, 300, 2)
+    count = 19
+    weights = [w.at[count:].set(0) for w in cotangents(2, 40, 2)]
+    spoiled = hidden.at[count:].set(jnp.nan)
+    out, grads = ours(spoiled, unembedding, ids, weights, body="pallas_tpu", count=count)
+    want, want_grads = reference64(hidden, unembedding, ids, weights)
+    for got, expected in zip(out, want, strict=True):
         np.testing.assert_allclose(got[:count], expected[:count], rtol=2e-5, atol=2e-5)
-    assert np.isnan(np.asarray(logit_at[64:])).all()  # as the kernel leaves what it never meets
+        np.testing.assert_array_equal(got[count:], 0)
+    for got, expected in zip(grads, want_grads, strict=True):
+        assert_close(got, expected, 5e-5)
 
 
 def test_no_tokens(simulated):

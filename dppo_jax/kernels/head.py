@@ -29,7 +29,7 @@ _Parts = tuple[Array, Array, Array, Array]
 
 
 class _Body(NamedTuple):
-    differentiable: Callable[[Array, Array, Array, Transform], _Parts]
+    differentiable: Callable[[Array, Array, Array, Array | None, Transform], _Parts]
     statistics: Callable[[Array, Array, Array, Transform], tuple[Array, Array, Array]]
 
 
@@ -37,7 +37,7 @@ def _reference_statistics(hidden, unembedding, ids, transform) -> tuple[Array, A
     return reference(hidden, unembedding, ids, *transform)
 
 
-def _reference(hidden: Array, unembedding: Array, ids: Array, transform: Transform) -> _Parts:
+def _reference(hidden, unembedding, ids, count, transform) -> _Parts:
     lse, logit_at, entropy = reference(hidden, unembedding, ids, *transform)
     return lse, logit_at[:, 0], logit_at[:, 1:], entropy
 
@@ -61,6 +61,7 @@ def head(
     temperature: float = 1.0,
     soft_cap: float | None = None,
     stored_gradient: bool = True,
+    count: Integer[Array, ""] | int | None = None,
     body: str | None = None,
     layout: Layout | None = None,
 ) -> HeadOutput:
@@ -81,6 +82,9 @@ def head(
       soft_cap: above 0, or None for no cap; known when tracing.
       stored_gradient: False makes logit_at[:, 1:] constants, for callers that use them under
         stop_gradient only: slicing logit_at hides from JAX that their cotangent is zero.
+      count: how many rows are in use, the first ones (`kernels.packing` brings them there). The
+        rest are zero in all outputs and gradients, and blocks of them are neither read nor
+        computed. Not with a layout: each device would need its own.
       body: a name in the table of bodies, or None to choose: "pallas_tpu" where the code runs on
         one TPU (a single device, or with a layout: the compiler cannot partition a kernel) and
         takes these shapes, "xla" elsewhere.
@@ -102,12 +106,16 @@ def head(
         raise ValueError(f"unknown head body {name!r}; known: {', '.join(sorted(_BODIES))}")
     index = _index(ids, unembedding.shape[0])
     if layout is None:
-        out = _BODIES[name].differentiable(hidden, unembedding, index, transform)
+        if count is not None:
+            count = jnp.asarray(count, jnp.int32)
+        out = _BODIES[name].differentiable(hidden, unembedding, index, count, transform)
     else:
+        if count is not None:
+            raise ValueError("head: a count of rows goes with no layout; leave one of them out")
         layout.check(len(hidden), *unembedding.shape)
         statistics = _BODIES[name].statistics
         out = sharded_head(hidden, unembedding, index, transform, statistics, layout)
-    lse, sampled, stored, entropy = out
+    lse, sampled, stored, entropy = out if count is None else _first_rows(out, count)
     if not stored_gradient:
         stored = jax.lax.stop_gradient(stored)
     return HeadOutput(lse, jnp.concatenate([sampled[:, None], stored], axis=1), entropy)
@@ -181,6 +189,14 @@ def _fused_loss_backward(loss, setting, kept, cotangents):
 
 
 _fused_loss.defvjp(_fused_loss_forward, _fused_loss_backward)
+
+
+def _first_rows(out: _Parts, count: Array | int) -> _Parts:
+    used = jnp.arange(len(out[0])) < count
+    lse, sampled, stored, entropy = (
+        jnp.where(used.reshape(-1, *(1,) * (part.ndim - 1)), part, 0) for part in out
+    )
+    return lse, sampled, stored, entropy
 
 
 def _default_body(hidden: Array, unembedding: Array, ids: Array, layout: Layout | None) -> str:

@@ -236,8 +236,8 @@ def _fold_strip(strip, z_strip, first_group, z, ids, out, m, s, t):
         out[strip, at] = value
 
 
-def _forward(hidden, unembedding, ids, transform):
-    return forward(hidden, unembedding, ids, transform), None
+def _forward(hidden, unembedding, ids, transform, count):
+    return forward(hidden, unembedding, ids, transform, count), None
 
 
 pallas_tpu = with_backward(_forward)

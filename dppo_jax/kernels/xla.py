@@ -15,7 +15,7 @@ then two products: dhidden += dz W_chunk in a float32 carry, dW_chunk = dz^T hid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ CHUNK_LOGITS = 2**24
 # dhidden once, 8ND bytes for 6ND * columns flops, so 4096 columns keep that traffic far above
 # the flops-per-byte ridge of every accelerator we know (KERNELS: 166 to 560).
 LEAST_COLUMNS = 4096
+# Rows that are computed or skipped together where a count says how many are in use. Each such block
+# of the backward reads and writes a chunk's float32 dunembedding: 0.75 * rows flops a byte.
+COUNTED_ROWS = 2048
 # Chunk borders at multiples of the widest vector tile (128 lanes of a TPU).
 COLUMN_TILE = 128
 # Stands for log p = -inf in products with p = 0: e^-1000 is 0 even in float64, and 0 * -1000 = 0.
@@ -56,6 +59,7 @@ class Saved:
     products: Float[Array, "N V"] | None  # kept only where one small chunk is the vocabulary
     wants_hidden: bool = field(metadata={"static": True})
     wants_unembedding: bool = field(metadata={"static": True})
+    count: Int[Array, ""] | None = None  # rows in use; None: all
 
 
 def chunk_columns(tokens: int, vocabulary: int, least: int | None = None) -> int:
@@ -121,17 +125,74 @@ def over_chunks(step: Callable, state, vocabulary: int, columns: int):
     return lax.fori_loop(0, -(-vocabulary // columns), step, state)
 
 
+class _Rows(NamedTuple):
+    """A block of the rows of some arrays; the last one starts early rather than end short."""
+
+    part: Any
+    start: Any  # None: all rows
+    first: Array | int  # the first row that no block before had
+
+    def put(self, whole: Any, part: Any) -> Any:
+        def put(whole, part):
+            return lax.dynamic_update_slice_in_dim(whole, part, self.start, axis=0)
+
+        return jax.tree.map(put, whole, part)
+
+    def add(self, whole: Array, part: Array) -> Array:
+        if self.start is None:
+            return whole + part
+        before = lax.dynamic_slice_in_dim(whole, self.start, part.shape[0])
+        return self.put(whole, before + part)
+
+    def mine(self, count: Array) -> Array:
+        row = jnp.arange(self.part[0].shape[0]) + (0 if self.start is None else self.start)
+        return (row >= self.first) & (row < count)
+
+
+def _rows(arrays: Any, index: Array | None) -> _Rows:
+    if index is None:
+        return _Rows(arrays, None, 0)
+    tokens = arrays[0].shape[0]
+    size = min(COUNTED_ROWS, tokens)
+    start = jnp.minimum(index * size, tokens - size)
+    part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), arrays)
+    return _Rows(part, start, index * size)
+
+
+def _over_rows(block: Callable, state, tokens: int, count: Array | None):
+    """Runs block(index, state) for the blocks of rows that begin before count, or once for all."""
+    if count is None or tokens == 0:
+        return block(0, state)
+    size = min(COUNTED_ROWS, tokens)
+    return lax.fori_loop(0, -(-count // size), block, state)
+
+
 def forward(
     hidden: Float[Array, "N D"],
     unembedding: Float[Array, "V D"],
     ids: Int[Array, "N J"],
     transform: Transform,
+    count: Int[Array, ""] | None = None,
 ) -> tuple[tuple[Array, Array, Array], Array | None]:
     """(lse [N], logit_at [N,J], entropy [N]), and the products [N,V] where one chunk held them.
 
-    ids outside [0, V) give NaN in logit_at.
+    ids outside [0, V) give NaN in logit_at. With a count, blocks of rows that begin there or later
+    are not computed, and what stands there means nothing.
     """
     dtype = statistics_dtype(hidden, unembedding)
+    if count is not None:
+        nothing = (
+            jnp.zeros(len(ids), dtype),
+            jnp.zeros(ids.shape, dtype),
+            jnp.zeros(len(ids), dtype),
+        )
+
+        def block(index, out):
+            rows = _rows((hidden, ids), index)
+            part, _ = forward(rows.part[0], unembedding, rows.part[1], transform)
+            return rows.put(out, part)
+
+        return _over_rows(block, nothing, len(ids), count), None
     tokens, vocabulary = hidden.shape[0], unembedding.shape[0]
     columns = chunk_columns(tokens, vocabulary)
 
@@ -188,7 +249,9 @@ def backward(
     tokens, vocabulary = hidden.shape[0], unembedding.shape[0]
     columns = chunk_columns(tokens, vocabulary)
 
-    def products_cotangent(chunk: Chunk) -> Array:
+    def products_cotangent(chunk: Chunk, rows: "_Rows") -> tuple[Array, Array]:
+        """The cotangent of hidden W_chunk^T for a block of rows, and these rows of hidden."""
+        hidden, ids, lse, entropy, g_lse, g_sampled, g_stored, g_entropy = rows.part
         products = saved.products
         if products is None:
             products = contract(hidden, chunk.rows, 1, 1, dtype)
@@ -197,10 +260,10 @@ def backward(
         if g_lse is not None or g_entropy is not None:
             weight = 0.0 if g_lse is None else g_lse[:, None]
             if g_entropy is not None:
-                log_p = jnp.maximum(z - saved.lse[:, None], LEAST_LOG_P)
-                weight = weight - g_entropy[:, None] * (log_p + saved.entropy[:, None])
-            dz = jnp.exp(z - saved.lse[:, None]) * weight
-        local = saved.ids - chunk.start
+                log_p = jnp.maximum(z - lse[:, None], LEAST_LOG_P)
+                weight = weight - g_entropy[:, None] * (log_p + entropy[:, None])
+            dz = jnp.exp(z - lse[:, None]) * weight
+        local = ids - chunk.start
         if g_sampled is not None:
             # A comparison fuses into the pass that writes dz; a scatter would be a second pass.
             dz += jnp.where(jnp.arange(columns) == local[:, :1], g_sampled[:, None], 0)
@@ -211,32 +274,48 @@ def backward(
             dz *= 1 - jnp.tanh(products / transform.soft_cap) ** 2
         if transform.temperature != 1.0:
             dz /= transform.temperature
-        return dz.astype(operand)
+        if saved.count is not None:
+            # Rows of no use, or of an earlier block, may hold anything: 0 * NaN is NaN.
+            mine = rows.mine(saved.count)[:, None]
+            dz, hidden = jnp.where(mine, dz, 0), jnp.where(mine, hidden, 0)
+        return dz.astype(operand), hidden
 
     def step(index, state):
         d_hidden, d_unembedding = state
         chunk = chunk_at(unembedding, index, columns)
-        dz = products_cotangent(chunk)
-        if d_hidden is not None:
-            # Rows met before are zeroed here and not in dz, so that rewriting their
-            # dunembedding below writes the same values again.
-            rows = chunk.rows
-            if chunk.fresh is not None:
-                rows = jnp.where(chunk.fresh[:, None], rows, 0)
-            d_hidden += contract(dz, rows, 1, 0, dtype)
+
+        def block(row_block, state):
+            d_hidden, d_rows = state
+            rows = _rows(by_row, row_block if saved.count is not None else None)
+            dz, hidden = products_cotangent(chunk, rows)
+            if d_hidden is not None:
+                # Columns met before are zeroed here and not in dz, so that rewriting their
+                # dunembedding below writes the same values again.
+                matrix = chunk.rows
+                if chunk.fresh is not None:
+                    matrix = jnp.where(chunk.fresh[:, None], matrix, 0)
+                d_hidden = rows.add(d_hidden, contract(dz, matrix, 1, 0, dtype))
+            if d_rows is not None:
+                more = contract(dz, hidden, 0, 0, dtype)
+                d_rows = more if saved.count is None else d_rows + more
+            return d_hidden, d_rows
+
+        d_rows = None if d_unembedding is None else jnp.zeros((columns, hidden.shape[1]), dtype)
+        d_hidden, d_rows = _over_rows(block, (d_hidden, d_rows), tokens, saved.count)
         if d_unembedding is not None:
-            d_rows = contract(dz, hidden, 0, 0, dtype).astype(unembedding.dtype)
             d_unembedding = lax.dynamic_update_slice_in_dim(
-                d_unembedding, d_rows, chunk.start, axis=0
+                d_unembedding, d_rows.astype(unembedding.dtype), chunk.start, axis=0
             )
         return d_hidden, d_unembedding
 
+    by_row = (
+        hidden, saved.ids, saved.lse, saved.entropy, g_lse, g_sampled, g_stored, g_entropy
+    )  # fmt: skip
     state = (
         jnp.zeros(hidden.shape, dtype) if saved.wants_hidden else None,
         jnp.zeros_like(unembedding) if saved.wants_unembedding else None,
     )
-    d_hidden, d_unembedding = over_chunks(step, state, vocabulary, columns)
-    return d_hidden, d_unembedding
+    return over_chunks(step, state, vocabulary, columns)
 
 
 def with_backward(run: Callable) -> Callable:
@@ -247,31 +326,32 @@ def with_backward(run: Callable) -> Callable:
     for a whole output: one array would scatter the zeros of the stored columns.
     """
 
-    @partial(jax.custom_vjp, nondiff_argnums=(3,))
-    def body(hidden, unembedding, ids, transform):
-        (lse, logit_at, entropy), _ = run(hidden, unembedding, ids, transform)
+    @partial(jax.custom_vjp, nondiff_argnums=(4,))
+    def body(hidden, unembedding, ids, count, transform):
+        (lse, logit_at, entropy), _ = run(hidden, unembedding, ids, transform, count)
         return lse, logit_at[:, 0], logit_at[:, 1:], entropy
 
-    def body_forward(hidden, unembedding, ids, transform):
+    def body_forward(hidden, unembedding, ids, count, transform):
+        count = None if count is None else count.value
         (lse, logit_at, entropy), products = run(
-            hidden.value, unembedding.value, ids.value, transform
+            hidden.value, unembedding.value, ids.value, transform, count
         )
         if products is not None and products.size > CHUNK_LOGITS:
             products = None
         saved = Saved(
             hidden.value, unembedding.value, ids.value, lse, entropy, products,
-            wants_hidden=hidden.perturbed, wants_unembedding=unembedding.perturbed,
+            wants_hidden=hidden.perturbed, wants_unembedding=unembedding.perturbed, count=count,
         )  # fmt: skip
         return (lse, logit_at[:, 0], logit_at[:, 1:], entropy), saved
 
     def body_backward(transform, saved, cotangents):
         known = [None if isinstance(g, SymbolicZero) else g for g in cotangents]
         if all(g is None for g in known):
-            return None, None, None
+            return None, None, None, None
         d_hidden, d_unembedding = backward(saved, transform, *known)
         if d_hidden is not None:
             d_hidden = d_hidden.astype(saved.hidden.dtype)
-        return d_hidden, d_unembedding, None
+        return d_hidden, d_unembedding, None, None
 
     body.defvjp(body_forward, body_backward, symbolic_zeros=True)
     return body
