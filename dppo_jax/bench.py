@@ -88,8 +88,14 @@ def bench_step(
     top_k: int,
     microbatches: int,
     repeats: int,
+    kv_heads: int = 0,
+    experts: int = 0,
+    experts_per_token: int = 0,
 ) -> dict[str, Any]:
     """Times the parts of a DPPO-Binary-TV step on random weights; nothing ends early.
+
+    With `kv_heads` (0: as many as heads) the model is Qwen3's, with `experts` Qwen3-MoE's, of MLPs
+    of `mlp` each.
 
     A step is sampling and one update: with the rollout as anchor DPPO scores inside the update.
     Scoring alone, what a recomputed anchor would add, is timed beside it. Times are medians.
@@ -114,9 +120,13 @@ def bench_step(
         width=width,
         layers=layers,
         heads=heads,
-        kv_heads=heads,
+        kv_heads=kv_heads or heads,
         head_size=head_size,
         mlp_width=mlp,
+        qk_norm=bool(kv_heads),
+        experts=experts,
+        experts_per_token=experts_per_token,
+        normalised_gates=bool(experts),
     )
     settings = SamplingConfig(
         max_new_tokens=response_length, samples_per_prompt=samples, top_k_capture=top_k
@@ -174,6 +184,7 @@ def bench_step(
             vocab=vocab, width=width, layers=layers, heads=heads, head_size=head_size, mlp=mlp,
             prompts=prompts, samples=samples, prompt_length=prompt_length,
             response_length=response_length, top_k=top_k, microbatches=microbatches,
+            kv_heads=config.kv_heads, experts=experts, experts_per_token=experts_per_token,
             parameters=int(sum(np.prod(p.shape) for p in jax.tree.leaves(model.abstract_params))),
         ),
         "repeats": repeats,

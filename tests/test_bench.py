@@ -34,6 +34,27 @@ def test_flops_with_shared_keys():
     assert bench.forward_flops(config, tokens=5, contexts=7.0, predictions=2) == expected
 
 
+def test_flops_of_experts():
+    """Each token goes through two of four MLPs, and the router."""
+    config = DecoderConfig(
+        vocab_size=16, width=8, layers=3, heads=2, kv_heads=2, head_size=4, mlp_width=12,
+        experts=4, experts_per_token=2,
+    )  # fmt: skip
+    expected = 2 * (3 * ((LAYER + 3 * 96 + 8 * 4) * 5 + KEY * 7) + HEAD * 2)
+    assert bench.forward_flops(config, tokens=5, contexts=7.0, predictions=2) == expected
+
+
+def test_bench_step_of_experts(dppo, monkeypatch):
+    monkeypatch.setattr(bench, "PEAK_SIZE", 64)
+    flags = ("--kv-heads", 1, "--experts", 3, "--experts-per-token", 2)
+    done = dppo("bench", "step", "--json", *FLAGS, *flags)
+    assert done.status == 0, done.err
+    shape = json.loads(done.out)["shape"]
+    assert (shape["kv_heads"], shape["experts"], shape["experts_per_token"]) == (1, 3, 2)
+    attention = 2 * 64 + 2 * 8 * 4 + 2 * 4
+    assert shape["parameters"] == HEAD + 8 + 2 * 8 + attention + 3 * 3 * 96 + 8 * 3
+
+
 def test_bench_step(dppo, monkeypatch):
     monkeypatch.setattr(bench, "PEAK_SIZE", 64)  # the peak itself takes a second
     done = dppo("bench", "step", "--json", *FLAGS)

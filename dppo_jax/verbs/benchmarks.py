@@ -18,13 +18,17 @@ def add(verbs: Any) -> None:
         "step",
         _bench_step,
         "Seconds of one training step: sampling, scoring, update, against the matmul peak.",
-        "dppo bench step --json",
+        "dppo bench step --json\n"
+        "  Qwen3's form:     dppo bench step --kv-heads 2\n"
+        "  Qwen3-MoE's form: dppo bench step --kv-heads 2 --mlp 128 --experts 32 "
+        "--experts-per-token 8",
     )
     step.add_argument("--json", action="store_true", help="print one JSON object")
     for flag, default in (
         ("vocab", 1024), ("width", 256), ("layers", 4), ("head-size", 64), ("mlp", 1024),
         ("prompts", 16), ("samples", 8), ("prompt-length", 32), ("response-length", 128),
         ("top-k", 20), ("microbatches", 4), ("repeats", 5),
+        ("kv-heads", 0), ("experts", 0), ("experts-per-token", 0),
     ):  # fmt: skip
         step.add_argument(f"--{flag}", type=int, default=default, help=f"(default: {default})")
 
