@@ -180,7 +180,9 @@ class Evaluator:
                 )
                 answered += by_problem(name, batch.examples, batch.valid, answers)
             k = each.sampling.samples_per_prompt
-            done.sets[name] = evaluation_of(answered, k, self.held_out[name])
+            numbers = evaluation_of(answered, k, self.held_out[name])
+            left_out = len(self.held_out[name]) - numbers.prompts
+            done.sets[name] = dataclasses.replace(numbers, left_out=left_out)
             done.answers.extend(answered)
         return done
 

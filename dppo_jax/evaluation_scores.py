@@ -30,6 +30,7 @@ class Evaluation:
     verifier_errors: int  # answers that the verifier failed on
     levels: dict[str, dict[str, int | float]]  # level -> prompts, accuracy, pass_at_k, majority
     subjects: dict[str, dict[str, int | float]]
+    left_out: int = 0  # problems of the set whose prompts were too long; in no number above
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

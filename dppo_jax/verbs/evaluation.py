@@ -62,7 +62,8 @@ def table_of(evaluation: Mapping[str, Any]) -> dict[str, str]:
     rows |= {f"pass@{n}": _interval(*v) for n, v in evaluation["pass_at"].items() if n != "1"}
     if k > 1:
         rows[f"maj@{k}"] = _interval(*evaluation["majority"])
-    rows["prompts"] = str(evaluation["prompts"])
+    too_long = f", {evaluation['left_out']} more were too long" * bool(evaluation["left_out"])
+    rows["prompts"] = f"{evaluation['prompts']}{too_long}"
     rows["response length"] = f"{evaluation['response_length']:.1f} tokens"
     rows["truncated"] = f"{evaluation['truncated']:.3f}"
     if evaluation["verifier_errors"]:
