@@ -15,7 +15,8 @@ from etils import epath
 from dppo_jax.models.decoder import Params
 from dppo_jax.records import TrainState
 
-CARRIED = ("objective_state", "rollout_memory", "token_counts")  # of TrainState; () is not written
+# of TrainState; () is not written
+CARRIED = ("objective_state", "rollout_memory", "token_counts", "critic")
 
 
 class CheckpointError(ValueError):

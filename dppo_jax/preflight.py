@@ -1,29 +1,38 @@
-"""What a training run is refused for before anything is computed."""
+"""What is refused before a run computes or writes anything, and the files it starts with."""
+
+from collections.abc import Mapping
+from pathlib import Path
 
 from jax.sharding import Mesh
 
-from dppo_jax.models.config import DecoderConfig
+from dppo_jax.critic import Critic
+from dppo_jax.models.decoder import DecoderConfig
+from dppo_jax.multihost import is_writer
 from dppo_jax.prompts.tokenizers import Tokenizer
+from dppo_jax.records import Need, Objective
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sharding import check_divides
 
 
-def check_run(
+def check_sizes(
     model: DecoderConfig,
     tokenizer: Tokenizer,
     sampling: SamplingConfig,
     mesh: Mesh,
+    steps: int,
     prompts_per_step: int,
     minibatches: int,
     microbatches: int,
 ) -> None:
-    """Raises ValueError with one line where parts of the configuration contradict each other."""
+    """Refuses contradictions before anything is computed."""
     sampling.check(model.vocab_size)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size="
             f"{model.vocab_size}: set DecoderConfig.vocab_size to at least the tokenizer's"
         )
+    if steps < 1:
+        raise ValueError(f"steps={steps}: a run takes at least 1")
     if sampling.temperature == 0:
         raise ValueError("temperature=0 explores nothing: set a positive sampling temperature")
     if sampling.filters.on:
@@ -48,6 +57,10 @@ def check_run(
             "prompts of a microbatch": prompts_per_step // (minibatches * microbatches),
         },
     )
+    _check_model_divides(model, mesh)
+
+
+def _check_model_divides(model: DecoderConfig, mesh: Mesh) -> None:
     check_divides(mesh, ("fsdp",), {"width": model.width})
     check_divides(
         mesh,
@@ -59,3 +72,41 @@ def check_run(
             "mlp_width": model.mlp_width,
         },
     )
+
+
+def check_needs(
+    needs: frozenset[Need],
+    objective: Objective,
+    critic: Critic | None,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+) -> None:
+    """Refuses an objective or an estimator without what it needs, and a critic that nobody uses."""
+    if critic is None:
+        if "values" in needs:
+            raise ValueError(
+                "the objective or the advantage estimator needs a critic: set train.critic to "
+                "critic.ValueModel()"
+            )
+        return
+    if "values" not in objective.needs:
+        raise ValueError(
+            "the critic would learn nothing: wrap the objective in objectives.with_value_loss()"
+        )
+    if tokenizer.vocab_size > critic.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the critic vocab_size="
+            f"{critic.config.vocab_size}: set it to at least the tokenizer's"
+        )
+    _check_model_divides(critic.config, mesh)
+
+
+def write_files(directory: Path, texts: Mapping[str, str]) -> None:
+    """Each file as a whole or not at all; by the writing process."""
+    if not is_writer():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        unfinished = directory / f"{name}.new"
+        unfinished.write_text(text)
+        unfinished.replace(directory / name)

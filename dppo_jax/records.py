@@ -64,7 +64,7 @@ class Batch:
     logp_ref: Float[Array, "B T"] | None = None  # of the sampled token, by the reference
     uniform_logp_old: Float[Array, "B T"] | None = None  # TokenStats.uniform_logp before the update
     values_old: Float[Array, "B T *Q"] | None = None  # the critic's, before the update
-    returns: Float[Array, "B T *Q"] | None = None  # what the critic is trained towards
+    returns: Float[Array, "B T *R"] | None = None  # what the critic is trained towards
     objective_state: Any = None  # TrainState's, put in by the update: without a batch axis
     # V, put in by the update where metrics by token id are wanted; not an array.
     vocab_size: int | None = field(default=None, metadata={"static": True})
@@ -154,6 +154,8 @@ class Objective(NamedTuple):
     initial_state: Any = ()
     next_state: Callable[[Any, Metrics], Any] | None = None
     scope: Scope = "batch"
+    # response mask -> each token's weight and the weights' total, so that terms can be added
+    aggregate: Callable[[Bool[Array, "B T"]], Any] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -167,3 +169,4 @@ class TrainState:
     objective_state: Any = ()  # Objective.initial_state and what next_state made of it
     rollout_memory: Any = ()  # what the rollout policy remembers from step to step
     token_counts: Any = ()  # Counts.value over all gradient steps; () where nobody asks
+    critic: Any = ()  # a TrainState of the critic's own parameters, where there is one

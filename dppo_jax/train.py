@@ -6,7 +6,7 @@ prompts -> sampling -> rewards -> advantages -> scoring -> divergence, objective
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 
-from dppo_jax.advantages import group_mean_baseline
+from dppo_jax.advantages import Estimator, group_mean_baseline
 from dppo_jax.answers import log_samples
-from dppo_jax.checkpoint import Checkpoints, newest_step
+from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
+from dppo_jax.checkpoint import Checkpoints, load_params, newest_step, save_params
 from dppo_jax.console import Console
+from dppo_jax.critic import Critic, ValueModel
 from dppo_jax.evaluate import (
     EvalSet,
     Evaluator,
@@ -32,18 +33,17 @@ from dppo_jax.evaluate import (
 )
 from dppo_jax.initial_policy import InitialContext, InitialPolicy
 from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
-from dppo_jax.models.decoder import DecoderConfig, Model
+from dppo_jax.models.decoder import DecoderConfig, Model, Params
 from dppo_jax.multihost import is_writer, to_global_rows
-from dppo_jax.preflight import check_run
+from dppo_jax.preflight import check_needs, check_sizes, write_files
 from dppo_jax.prompts import overlap as overlaps
 from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
 from dppo_jax.prompts.pipeline import PromptIterator, TooLong
 from dppo_jax.prompts.tokenizers import Tokenizer
-from dppo_jax.records import Batch, Metrics, Objective, Rollout
+from dppo_jax.records import Metrics, Objective, TrainState
 from dppo_jax.rewards.verdicts import Verifier
 from dppo_jax.rollout_policy import RolloutPolicy, current
 from dppo_jax.sampling.generate import SamplingConfig
-from dppo_jax.scoring import score
 from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
 from dppo_jax.timing import Pace, Stopwatch
 from dppo_jax.update import init_state, make_tightness, make_update, take_prompts
@@ -69,7 +69,10 @@ def train(
     overlap: overlaps.Policy = "warn",
     minibatches: int = 1,
     microbatches: int = 1,
-    advantage: Callable[[jax.Array], jax.Array] = group_mean_baseline,
+    advantage: Estimator = group_mean_baseline,
+    reward_penalty: RewardPenalty | None = None,
+    reference: InitialPolicy | None = None,
+    critic: ValueModel | None = None,
     rollout_policy: RolloutPolicy = current(),  # noqa: B008  immutable
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  frozen
     eval_split: str = "test",
@@ -90,6 +93,7 @@ def train(
     that holds a run is resumed at its newest checkpoint. Evaluation over `eval_sets` (where None:
     the first `eval_prompts` of the data set's `eval_split`) happens before, every `eval_every`
     steps (0: never) and after. Problems that they share with training are told, or refused.
+    `reference` is what KL terms are measured from: by default the policy that the run starts with.
     Every `exact_divergence_every` steps (0: never) `scoring.tightness` is measured after the step.
     Raises ValueError with one line where the configuration contradicts itself, and then leaves no
     `workdir` behind. `configuration` is what the run was asked for, as texts by file name; they
@@ -104,9 +108,12 @@ def train(
     devices = mesh.build()
     rows = batch_sharding(devices)
     sampling = dataclasses.replace(sampling, end_ids=(tokenizer.end_id,))
-    check_run(model, tokenizer, sampling, devices, prompts_per_step, minibatches, microbatches)
-    if steps < 1:
-        raise ValueError(f"steps={steps}: a run takes at least 1")
+    valued = None if critic is None else Critic(critic, model)
+    needs = needs_of(objective, advantage, reward_penalty)
+    check_sizes(
+        model, tokenizer, sampling, devices, steps, prompts_per_step, minibatches, microbatches
+    )
+    check_needs(needs, objective, valued, tokenizer, devices)
 
     source = load_train(dataset, data_dir)
     evaluate = Evaluator(
@@ -137,15 +144,24 @@ def train(
     )
     key = jax.random.key(seed)
     initial_key, sampling_key = jax.random.split(key)
+    temperature = sampling.temperature
     update = make_update(
-        network, objective, optimizer, temperature=sampling.temperature, microbatches=microbatches
+        network, objective, optimizer, valued, temperature=temperature, microbatches=microbatches
+    )
+    batch_of = make_batch_of(
+        network, objective, advantage, reward_penalty, valued, temperature=temperature
     )
     choose = jax.jit(rollout_policy.choose, donate_argnums=0)
     tightness = make_tightness(network, sampling.temperature, parts=minibatches * microbatches)
     exact = "exact_divergence" in objective.needs
-    score_old = jax.jit(
-        lambda params, rollout: score(network, params, rollout, temperature=sampling.temperature)
-    )
+
+    def fresh_state(params: Params) -> TrainState:
+        memory = rollout_policy.init(params)
+        state = init_state(params, optimizer, objective.initial_state, memory)
+        if valued is None:
+            return state
+        values = valued.init_sharded(jax.random.fold_in(initial_key, 1), params, devices)
+        return dataclasses.replace(state, critic=init_state(values, valued.optimizer))
 
     # ---- restart order: the run's own newest checkpoint, else the initial policy -------------
     done = newest_step(directory)
@@ -153,6 +169,7 @@ def train(
     if done == steps and summary_path.exists():
         console.say(f"{directory} holds this run, complete: nothing to do")
         return json.loads(summary_path.read_text())
+    frozen = None  # the reference's parameters, where somebody asks for them
     with jax.set_mesh(devices):
         if done is None:
             done = 0
@@ -172,9 +189,7 @@ def train(
                     seconds_left=(time.monotonic() - started) / step * (of - step),
                 ),
             )
-            params = initial_policy(context)
-            remembered = rollout_policy.init(params)
-            state = init_state(params, optimizer, objective.initial_state, remembered)
+            state = fresh_state(initial_policy(context))
             evaluated = evaluate(state.params)
             before = evaluated.as_dict()
             for name, each in accuracies(before).items():
@@ -185,22 +200,26 @@ def train(
                 "seconds": time.monotonic() - started,
             }
             seconds_before = 0.0
-            _write_files(directory, configuration or {})
+            write_files(directory, configuration or {})
             kept = open_answers(directory, 0)
             evaluated.write(kept, 0)
+            if "logp_ref" in needs:
+                frozen = reference(context) if reference else jax.tree.map(jnp.copy, state.params)
+                if newest_step(directory / "reference") is None:
+                    save_params(directory / "reference", frozen)
             checkpoints = Checkpoints(directory / "checkpoints")
             checkpoints.save(0, state, key, position)
         else:
             shardings = shardings_of(network.logical_axes, devices)
-            blank = jax.jit(network.init, out_shardings=shardings)(key)
-            remembered = rollout_policy.init(blank)
-            like = init_state(blank, optimizer, objective.initial_state, remembered)
+            like = fresh_state(jax.jit(network.init, out_shardings=shardings)(key))
             checkpoints = Checkpoints(directory / "checkpoints")
             state, _, position = checkpoints.restore(done, like, key)
+            if "logp_ref" in needs:
+                frozen = load_params(directory / "reference", state.params)
             prompts.set_state(position["prompts"])
             before = position["before"]
             seconds_before = position["seconds"]
-            _write_files(directory, configuration or {})
+            write_files(directory, configuration or {})
             kept = open_answers(directory, min(done + 1, steps))
             console.say(f"resuming {directory} after step {done} of {steps}")
         log, samples = (
@@ -228,10 +247,8 @@ def train(
             rewards = answers.rewards(sampling.samples_per_prompt)
             clock.lap("rewards")
 
-            batch = _batch(rollout, advantage(jnp.asarray(rewards)), rows)
-            if "logp_old" in objective.needs:
-                old = jax.block_until_ready(score_old(state.params, rollout))
-                batch = dataclasses.replace(batch, logp_old=old.logp, topk_logp_old=old.topk_logp)
+            batch, known = batch_of(state, frozen, rollout, to_global_rows(rewards, rows))
+            jax.block_until_ready(batch)
             clock.lap("scoring")
 
             order = np.random.default_rng((seed, step)).permutation(prompts_per_step)
@@ -240,7 +257,7 @@ def train(
                 minibatch = take_prompts(batch, jnp.asarray(chosen))
                 state, metrics = update(state, minibatch, rollout_params if exact else None)
                 gathered.append(metrics)
-            numbers = _step_numbers(gathered)
+            numbers = _step_numbers(gathered) | reduce_metrics(known)
             clock.lap("update")
 
             tokens = int(answers.lengths.sum())
@@ -311,23 +328,6 @@ def train(
     return summary
 
 
-def _write_files(directory: Path, texts: Mapping[str, str]) -> None:
-    """Each file as a whole or not at all; by the writing process."""
-    if not is_writer():
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        unfinished = directory / f"{name}.new"
-        unfinished.write_text(text)
-        unfinished.replace(directory / name)
-
-
-def _batch(rollout: Rollout, advantages: jax.Array, rows: NamedSharding) -> Batch:
-    """The rollout with each sequence's advantage [P, G] at all of its tokens."""
-    by_row = to_global_rows(np.asarray(advantages).reshape(-1, 1), rows)
-    return Batch(rollout, jnp.broadcast_to(by_row, rollout.response_mask.shape))
-
-
 def _step_numbers(metrics: Sequence[Metrics]) -> dict[str, float]:
     """One number a metric, over all of the step's gradient steps; `mismatch/*` of the first alone.
 
@@ -345,7 +345,7 @@ def _fraction(value: float | None) -> str:
 
 def _refuse_not_finite(numbers: dict[str, float], step: int) -> None:
     """Ends a run whose loss or gradient is no number, before it is checkpointed."""
-    for name in ("loss/total", "update/gradient_norm"):
+    for name in {"loss/total", "update/gradient_norm", "critic/gradient_norm"} & set(numbers):
         if not np.isfinite(numbers[name]):
             raise FloatingPointError(
                 f"{name} is {numbers[name]} at step {step}: lower the learning rate or delta; "

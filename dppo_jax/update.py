@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from dppo_jax.critic import Critic
 from dppo_jax.models.decoder import Model, Params
 from dppo_jax.records import (
     Batch,
@@ -68,10 +69,11 @@ def microbatch(rows: Any, index: int | Int[Array, ""], parts: int) -> Any:
 
 
 def accumulate(
-    loss_of: Callable[[Params, Any], LossSum], params: Params, rows: Any, microbatches: int
-) -> tuple[Params, LossSum]:
+    loss_of: Callable[[Any, Any], LossSum], params: Any, rows: Any, microbatches: int
+) -> tuple[Any, LossSum]:
     """Gradient and value of Σ loss_sum / Σ weight_sum over the microbatches of `rows`.
 
+    `params` is any pytree of arrays, as is the gradient.
     Exact: sums are accumulated unreduced and divided once. Weights of zero give a zero gradient.
     """
 
@@ -109,28 +111,41 @@ def gradient_step(
 ) -> tuple[TrainState, Metrics]:
     """Applies the optimizer to the gradient of `loss_of` over `rows`, in microbatches."""
     grads, total = accumulate(loss_of, state.params, rows, microbatches)
+    stepped, norms = apply_gradient(state, grads, optimizer, "update")
+    return stepped, total.metrics | _total(total) | norms
+
+
+def apply_gradient(
+    state: TrainState, grads: Params, optimizer: optax.GradientTransformation, name: str
+) -> tuple[TrainState, Metrics]:
+    """One step of the optimizer; `name`/gradient_norm is before its clipping."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     one = jnp.float32(1)
-    metrics = total.metrics | {
-        "loss/total": Mean(total.loss_sum, total.weight_sum),
-        "update/gradient_norm": Mean(optax.tree.norm(grads), one),
-        "update/step_norm": Mean(optax.tree.norm(updates), one),
+    norms: Metrics = {
+        f"{name}/gradient_norm": Mean(optax.tree.norm(grads), one),
+        f"{name}/step_norm": Mean(optax.tree.norm(updates), one),
     }
     stepped = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
-    return stepped, metrics
+    return stepped, norms
+
+
+def _total(total: LossSum) -> Metrics:
+    return {"loss/total": Mean(total.loss_sum, total.weight_sum)}
 
 
 def make_update(
     model: Model,
     objective: Objective,
     optimizer: optax.GradientTransformation,
+    critic: Critic | None = None,
     *,
     temperature: float,
     microbatches: int = 1,
 ) -> Update:
     """The jitted (state, batch) -> (state, metrics); the given state's buffers are reused.
 
+    A critic takes its step beside the policy's, with an optimizer of its own, by the same loss.
     An objective that needs "exact_divergence" takes the parameters that sampled as a third
     argument: a copy, where they are the state's own.
     `mismatch/*` compares the scored policy with the sampler's: numerical mismatch alone on the
@@ -153,7 +168,8 @@ def make_update(
             )
         counted = isinstance(state.token_counts, jax.Array)
 
-        def loss_of(params: Params, rows: Batch) -> LossSum:
+        def loss_of(trained: tuple[Params, Any], rows: Batch) -> LossSum:
+            params, value_params = trained
             rows = dataclasses.replace(
                 rows,
                 objective_state=state.objective_state,
@@ -172,10 +188,19 @@ def make_update(
                     temperature=temperature,
                     rollout_params=rollout_params,
                 )
+                if critic is not None:
+                    values = critic.values(value_params, rows.rollout)
+                    stats = dataclasses.replace(stats, values=values)
                 out = objective.loss(stats, rows)
             return out._replace(metrics=out.metrics | mismatch(stats, rows.rollout))
 
-        after, metrics = gradient_step(state, loss_of, batch, optimizer, microbatches)
+        trained = (state.params, () if critic is None else state.critic.params)
+        (grads, value_grads), total = accumulate(loss_of, trained, batch, microbatches)
+        after, norms = apply_gradient(state, grads, optimizer, "update")
+        metrics = total.metrics | _total(total) | norms
+        if critic is not None:
+            valued, norms = apply_gradient(state.critic, value_grads, critic.optimizer, "critic")
+            after, metrics = dataclasses.replace(after, critic=valued), metrics | norms
         for name, metric in list(metrics.items()):
             if isinstance(metric, Counts):
                 del metrics[name]

@@ -58,6 +58,23 @@ train.train.eval_prompts = 12
 train.train.checkpoint_every = 2
 """
 
+# Every kind of term at once, on the toy.
+EVERY_TERM = """
+from __gin__ import dynamic_registration
+from dppo_jax import objectives
+from dppo_jax import train
+include "{toy}"
+include "configs/algorithms/ppo_critic.gin"
+train.train.objective = @objectives.with_reference_kl()
+objectives.with_reference_kl.objective = @objectives.with_entropy_bonus()
+objectives.with_entropy_bonus.objective = @objectives.ppo_critic()
+objectives.with_entropy_bonus.coefficient = 0.01
+objectives.with_reference_kl.coefficient = 0.1
+objectives.with_reference_kl.estimator = @objectives.k3_plus
+train.train.reward_penalty = @objectives.reference_kl_penalty
+objectives.reference_kl_penalty.coefficient = 0.1
+"""
+
 
 @pytest.fixture(scope="session")
 def toy_recipe(tmp_path_factory) -> Path:
@@ -65,6 +82,14 @@ def toy_recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     (folder / "toy.gin").write_text(TOY_RECIPE.format(data=folder / "data"))
     return folder / "toy.gin"
+
+
+@pytest.fixture(scope="session")
+def every_term_recipe(toy_recipe, tmp_path_factory) -> Path:
+    """The toy with a critic, an entropy bonus, and KL both in the loss and in the reward."""
+    path = tmp_path_factory.mktemp("every_term") / "every_term.gin"
+    path.write_text(EVERY_TERM.format(toy=toy_recipe))
+    return path
 
 
 class Finished(NamedTuple):

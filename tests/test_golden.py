@@ -51,6 +51,39 @@ def test_full_goldens(capsys):
         assert f"Stable-RL      {mode} " in out
 
 
+@pytest.mark.parametrize("folder", [GOLDEN, FULL], ids=["stored", "full"])
+def test_advantages_kl_penalties_and_aggregations(folder, capsys):
+    path = folder / "advantages_kl_agg.json"
+    if not path.exists():
+        pytest.skip(f"no recordings at {folder}")
+    assert check.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "checked 26 rows" in out
+    for name in ("reinforce_plus_plus_baseline", "gae gamma=0.99 lam=0.9", "KL low_var_kl+"):
+        assert f"{name} " in out
+
+
+@pytest.mark.parametrize(
+    "part, index, name",
+    [("advantages", 4, "advantages"), ("advantages", 8, "returns"), ("kl_penalty", 10, "value"),
+     ("kl_penalty", 10, "grad_log_prob"), ("agg_loss", 1, "loss")],
+)  # fmt: skip
+def test_a_wrong_advantage_fails(tmp_path, capsys, part, index, name):
+    recorded = json.loads((GOLDEN / "advantages_kl_agg.json").read_text())
+    rows = recorded[part]["rows"] if part == "kl_penalty" else recorded[part]
+    if name == "loss":
+        rows[index][name] += 1e-3
+    else:
+        rows[index][name][0][0] += 1e-3
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(recorded))
+    assert check.main([str(path), "--inputs", str(INPUTS)]) == 1
+    recorded["advantages"][0]["estimator"] = "remax"
+    path.write_text(json.dumps(recorded))
+    assert check.main([str(path), "--inputs", str(INPUTS)]) == 2
+    assert "'remax' is not known" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "mode", ["dppo_binary_tv", "dppo_binary_kl_recompute", "dppo_topk_tv", "ppo", "ppo_recompute"]
 )

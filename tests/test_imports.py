@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 OWN = {
     "records": set(),
     "divergence": {"records"},
-    "advantages": {"records"},
+    "advantages": {"records", "advantages"},
     "bounds": set(),
     "objectives": {"records", "divergence", "bounds", "objectives"},
     "kernels": {"kernels"},

@@ -191,7 +191,7 @@ def test_aggregations(aggregate, expected):
 
 @pytest.mark.parametrize(
     "row",
-    json.loads((TESTS / "golden" / "advantages.json").read_text())["agg_loss"],
+    json.loads((TESTS / "golden" / "advantages_kl_agg.json").read_text())["agg_loss"],
     ids=lambda row: row["mode"],
 )
 def test_recorded_aggregations(row):

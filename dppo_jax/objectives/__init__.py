@@ -60,6 +60,17 @@ from dppo_jax.objectives.dppo import (
     dppo_topk_tv,
 )
 from dppo_jax.objectives.drpo import drpo, mask_drpo, spo
+from dppo_jax.objectives.kl import (
+    KlEstimate,
+    absolute,
+    k1,
+    k1_plus,
+    k2,
+    k3,
+    k3_plus,
+    reference_kl_penalty,
+    with_reference_kl,
+)
 from dppo_jax.objectives.log_ratio import cpgd, dro
 from dppo_jax.objectives.measures import (
     Anchor,
@@ -91,6 +102,7 @@ from dppo_jax.objectives.policy_gradient import (
 from dppo_jax.objectives.ppo import clipped_surrogate, dapo, dr_grpo, ppo_clip
 from dppo_jax.objectives.sequence_ratio import gmpo, gspo, gspo_token, luspo
 from dppo_jax.objectives.soft_gates import sapo, vespo
+from dppo_jax.objectives.terms import Term, with_entropy_bonus, with_term
 from dppo_jax.objectives.trm import sequence_bounded, trm_avg, trm_max
 from dppo_jax.objectives.trust_region import (
     Decision,
@@ -99,6 +111,13 @@ from dppo_jax.objectives.trust_region import (
     moving_away,
     relax_rare,
     unconstrained,
+)
+from dppo_jax.objectives.values import (
+    dvpo,
+    ppo_critic,
+    quantile_huber,
+    with_quantile_value_loss,
+    with_value_loss,
 )
 from dppo_jax.objectives.weighted import cispo, minpro, reinforce
 
@@ -110,10 +129,13 @@ __all__ = [
     "Correction",
     "Decision",
     "Form",
+    "KlEstimate",
     "Measure",
+    "Term",
     "TokenLoss",
     "TokenWeights",
     "TrustRegion",
+    "absolute",
     "balance",
     "bapo",
     "binary_kl_measure",
@@ -139,6 +161,7 @@ __all__ = [
     "dr_grpo",
     "dro",
     "drpo",
+    "dvpo",
     "exact_kl_measure",
     "exact_tv_measure",
     "fixed_budget",
@@ -158,6 +181,11 @@ __all__ = [
     "gspo_token",
     "icepop",
     "importance_ratio",
+    "k1",
+    "k1_plus",
+    "k2",
+    "k3",
+    "k3_plus",
     "kl_cov",
     "luspo",
     "mask_bad_updates",
@@ -174,13 +202,16 @@ __all__ = [
     "pg_tis",
     "policy_gradient",
     "ppo_clip",
+    "ppo_critic",
     "prefix_budget",
     "prefix_sums",
     "product",
     "product_mask",
     "quantile_budget",
+    "quantile_huber",
     "ratio_measure",
     "ratio_surrogate",
+    "reference_kl_penalty",
     "reinforce",
     "relax_rare",
     "rollout_anchor",
@@ -204,4 +235,9 @@ __all__ = [
     "trm_max",
     "unconstrained",
     "vespo",
+    "with_entropy_bonus",
+    "with_quantile_value_loss",
+    "with_reference_kl",
+    "with_term",
+    "with_value_loss",
 ]

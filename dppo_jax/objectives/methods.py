@@ -118,4 +118,6 @@ METHODS: tuple[Method, ...] = (
     Method(o.grpo_mis, "GRPO at old, sequences with Π old/μ > 3 off", "TRL@f2cd57710"),
     Method(o.grpo_icepop, "GRPO at old, tokens with old/μ outside 0.5, 5 off", "NeMo-RL"),
     Method(o.grpo_opsm, "GRPO, A < 0 sequences that drifted off", "DeepSeek-V3.2"),
+    Method(o.ppo_critic, "PPO's clip with a critic, values clipped", "1707.06347 eqs. 7, 9"),
+    Method(o.dvpo, "PPO's clip with a critic of quantiles", "2512.03847", experimental=True),
 )

@@ -141,7 +141,7 @@ def _objective(
 ) -> Objective:
     def loss(stats: TokenStats, batch: Batch) -> LossSum:
         mask = batch.rollout.response_mask
-        stats, batch = _zero_padding(stats, batch)
+        stats, batch = zero_padding(stats, batch)
         tokens = token_loss(stats, batch)
         weights = aggregate(mask)
         loss_sum = jnp.sum(weights.token * jnp.where(mask, tokens.loss, 0.0))
@@ -151,11 +151,13 @@ def _objective(
         return LossSum(loss_sum, weights.total, jax.lax.stop_gradient(metrics))
 
     def one_by_one(stats: TokenStats, batch: Batch) -> Float[Array, "B T"]:
-        tokens = token_loss(*_zero_padding(stats, batch))
+        tokens = token_loss(*zero_padding(stats, batch))
         return jnp.where(batch.rollout.response_mask, tokens.loss, 0.0)
 
     local = TokenLocal(one_by_one, lambda mask: aggregate(mask).token)
-    return Objective(loss, needs, local if scope == "token" else None, scope=scope)
+    return Objective(
+        loss, needs, local if scope == "token" else None, scope=scope, aggregate=aggregate
+    )
 
 
 _PER_TOKEN = (  # the fields of Batch with a value at each response token; None where not provided
@@ -169,7 +171,8 @@ _PER_TOKEN = (  # the fields of Batch with a value at each response token; None 
 )
 
 
-def _zero_padding(stats: TokenStats, batch: Batch) -> tuple[TokenStats, Batch]:
+def zero_padding(stats: TokenStats, batch: Batch) -> tuple[TokenStats, Batch]:
+    """Both with zeros for whatever stands outside response_mask, in float32."""
     rollout = batch.rollout
     mask = rollout.response_mask
 

@@ -1,9 +1,11 @@
 """Reproduces recorded policy losses of Stable-RL and verl with this package's objectives.
 
     python tests/golden/check.py policy_losses.jsonl.gz --inputs inputs.json [--topk FILE]
+    python tests/golden/check.py advantages_kl_agg.json --inputs inputs.json
 
-Prints the largest error of loss, token mask and gradient for each implementation and mode. Exit
-status: 0 all within tolerance, 1 some error past it, 2 the files cannot be read.
+Prints the largest error of loss, token mask and gradient for each implementation and mode, or of
+each advantage estimator, KL penalty and aggregation. Exit status: 0 all within tolerance, 1 some
+error past it, 2 the files cannot be read.
 """
 
 import argparse
@@ -18,7 +20,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # check this tree, installed or not
 
-from golden_files import BadInput, Topk, array, read_cases, read_rows, read_topk  # noqa: E402
+from golden_advantages import all_errors  # noqa: E402
+from golden_files import (  # noqa: E402
+    BadInput,
+    Topk,
+    advantages_in,
+    array,
+    read_cases,
+    read_rows,
+    read_topk,
+)
 from golden_modes import MODES, MU, REFERENCE_CAP, Mode, Unchecked, aggregation  # noqa: E402
 
 from dppo_jax import divergence  # noqa: E402
@@ -131,6 +142,14 @@ def report_losses(rows: list[tuple[str, dict]], cases: dict, topks: list[Topk]) 
     return float(np.max([e for seen in worst.values() for e in seen.values()], initial=0.0))
 
 
+def report_advantages(recorded: dict, cases: dict) -> float:
+    errors = all_errors(recorded, cases)
+    for name, error in errors.items():
+        print(f"{name:45}{error:10.1e}")
+    print(f"checked {len(errors)} rows, errors are max |ours - reference|")
+    return float(np.max(list(errors.values())))
+
+
 def report_topk(topks: list[Topk]) -> float:
     worst = 0.0
     for topk in topks:
@@ -147,7 +166,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "file", type=Path, help="policy losses, one JSON object a line (.gz or not)"
+        "file", type=Path, help="policy losses, one JSON object a line, or advantages (.gz or not)"
     )
     parser.add_argument("--inputs", type=Path, help="cases (default: inputs.json beside FILE)")
     parser.add_argument(
@@ -160,6 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     inputs = options.inputs or options.file.parent / "inputs.json"
     try:
+        if (recorded := advantages_in(options.file)) is not None:
+            return conclude(report_advantages(recorded, read_cases(inputs)))
         rows, cases = read_rows(options.file), read_cases(inputs)
         topks = read_topk(options.topk, cases) if options.topk else topks_beside(inputs, cases)
         worst = np.max([report_losses(rows, cases, topks), report_topk(topks)])
@@ -167,6 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("errors are max |ours - reference| / max(1, |reference|); masks count where A is not 0")
+    return conclude(worst)
+
+
+def conclude(worst: float) -> int:
     print(f"largest error {worst:.1e}, tolerance {TOLERANCE:.0e}")
     return 0 if worst <= TOLERANCE else 1
 

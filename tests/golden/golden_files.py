@@ -90,6 +90,15 @@ def read_rows(path: Path) -> list[tuple[str, dict]]:
     return rows
 
 
+def advantages_in(path: Path) -> dict | None:
+    """A file of advantages, KL penalties and aggregations: one JSON object over several lines."""
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError:
+        return None
+    return content if isinstance(content, dict) and "advantages" in content else None
+
+
 def read_cases(path: Path) -> dict[str, dict[str, np.ndarray]]:
     raw = read_json(path)
     if not isinstance(raw, dict):

@@ -3,8 +3,8 @@
 SOURCE_DIR holds policy_losses.jsonl.gz, inputs.json, topk_divergence.json,
 stories260K_logprobs.npz, advantages_kl_agg.json and META.json: outputs of Stable-RL and verl run
 unmodified on CPU in float32 (META.json names the commits). Kept are one row for each
-implementation, mode and case that this package composes, the inputs, the top-K slots with the new
-policy's log-probabilities at them, and the group advantages and aggregations.
+implementation, mode and case that this package composes, the top-K slots with the new policy's
+log-probabilities at them, and the files of inputs, advantages, KL penalties and aggregations whole.
 """
 
 import gzip
@@ -20,8 +20,6 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from golden_files import new_logprobs, read_json, read_rows  # noqa: E402
 from golden_modes import MODES  # noqa: E402
-
-ESTIMATORS = ("grpo", "rloo")
 
 
 def compressed(name: str, text: str) -> None:
@@ -55,28 +53,10 @@ def topk_divergence(source: Path) -> None:
     compressed("topk_divergence.json.gz", text)
 
 
-def advantages(source: Path) -> None:
-    """One advantage a sequence: the references repeat it at each of its tokens."""
-    recorded = read_json(source / "advantages_kl_agg.json")
-    rows = [
-        {
-            "estimator": row["estimator"],
-            "kwargs": row["kwargs"],
-            "advantages": short([tokens[0] for tokens in row["advantages"]]),
-        }
-        for row in recorded["advantages"]
-        if row["estimator"] in ESTIMATORS
-    ]
-    inputs = {key: recorded["inputs"][key] for key in ("index", "scores")}
-    stored = {"inputs": inputs, "advantages": rows, "agg_loss": recorded["agg_loss"]}
-    (HERE / "advantages.json").write_text(json.dumps(stored, indent=1) + "\n")
-
-
 def main(source: Path) -> None:
     policy_losses(source)
     topk_divergence(source)
-    advantages(source)
-    for name in ("inputs.json", "META.json"):
+    for name in ("inputs.json", "META.json", "advantages_kl_agg.json"):
         (HERE / name).write_bytes((source / name).read_bytes())
 
 

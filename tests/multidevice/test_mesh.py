@@ -70,13 +70,16 @@ def test_a_checkpoint_comes_back_on_another_mesh(found):
     assert found["restored_elsewhere"]
 
 
-def test_eight_devices_train_as_one(dppo, toy_recipe, tmp_path):
-    """The same draws, losses to 1e-4, over three steps of two gradient steps."""
-    flags = ["--gin.STEPS=3", "--gin.PROMPTS_PER_STEP=16", "--gin.MICROBATCHES=2"]
-    one = dppo("train", toy_recipe, "--workdir", tmp_path / "one", *flags)
+@pytest.mark.parametrize("recipe, steps", [("toy_recipe", 3), ("every_term_recipe", 2)])
+def test_eight_devices_train_as_one(dppo, request, recipe, steps, tmp_path):
+    """The same draws, losses to 1e-4, over three steps of two gradient steps; also with a critic,
+    its optimizer, a reference, and terms of entropy and KL."""
+    path = request.getfixturevalue(recipe)
+    flags = [f"--gin.STEPS={steps}", "--gin.PROMPTS_PER_STEP=16", "--gin.MICROBATCHES=2"]
+    one = dppo("train", path, "--workdir", tmp_path / "one", *flags)
     assert one.status == 0, one.err
     eight = with_eight_devices(
-        "-m", "dppo_jax", "train", toy_recipe, "--workdir", tmp_path / "eight", *flags, *MESH
+        "-m", "dppo_jax", "train", path, "--workdir", tmp_path / "eight", *flags, *MESH
     )
     assert eight.returncode == 0, eight.stderr
     assert eight.stderr == ""

@@ -1,0 +1,100 @@
+"""From a rollout and its rewards to the `Batch` that the objective asks for."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dppo_jax.advantages import Estimator, estimate, inputs_of, named_inputs
+from dppo_jax.critic import Critic
+from dppo_jax.models.decoder import Model, Params
+from dppo_jax.records import Batch, Mean, Metrics, Need, Objective, Rollout, TrainState
+from dppo_jax.scoring import score
+
+# Subtracted from the reward at each token; called with what it names of `PENALTY_INPUTS`, [B, T].
+RewardPenalty = Callable[..., Float[Array, "B T"]]
+PENALTY_INPUTS = frozenset({"logp_rollout", "logp_ref", "response_mask"})
+
+
+def needs_of(
+    objective: Objective, advantage: Estimator, penalty: RewardPenalty | None
+) -> frozenset[Need]:
+    """What the training loop must provide for all three."""
+    needs = set(objective.needs)
+    if "values_old" in named_inputs(advantage):
+        needs.add("values")
+    if penalty is not None and "logp_ref" in inspect.signature(penalty).parameters:
+        needs.add("logp_ref")
+    return frozenset(needs)
+
+
+def make_batch_of(
+    model: Model,
+    objective: Objective,
+    advantage: Estimator,
+    penalty: RewardPenalty | None = None,
+    critic: Critic | None = None,
+    *,
+    temperature: float,
+) -> Callable[[TrainState, Params | None, Rollout, Array], tuple[Batch, Metrics]]:
+    """(state, reference's parameters, rollout, rewards [P, G]) -> (batch, metrics), jitted.
+
+    Whatever must be known before the step's updates is scored here, once: the policy itself, the
+    reference and the critic, each only where somebody asks for it.
+    """
+    needs = needs_of(objective, advantage, penalty)
+
+    def fields_of(state, reference, rollout, rewards) -> tuple[dict[str, Any], Metrics]:
+        fields: dict[str, Any] = {}
+        if needs & {"logp_old", "uniform_logp"}:
+            old = score(model, state.params, rollout, temperature=temperature)
+            fields |= dict(
+                logp_old=old.logp, topk_logp_old=old.topk_logp, uniform_logp_old=old.uniform_logp
+            )
+        if "logp_ref" in needs:
+            fields["logp_ref"] = score(model, reference, rollout, temperature=temperature).logp
+        if critic is not None:
+            fields["values_old"] = critic.values(state.critic.params, rollout)
+        metrics: Metrics = {}
+        lost = None
+        if penalty is not None:
+            known = dict(logp_rollout=rollout.logp_rollout, response_mask=rollout.response_mask)
+            known |= {name: fields[name] for name in ("logp_ref",) if name in fields}
+            named = PENALTY_INPUTS & set(inspect.signature(penalty).parameters)
+            lost = penalty(**{name: known[name] for name in named})
+            total = jnp.sum(lost, where=rollout.response_mask)
+            metrics["reward/penalty"] = Mean(total, jnp.float32(len(lost)))  # of a sequence
+        inputs = inputs_of(rewards, rollout, lost, fields.get("values_old"))
+        found = estimate(advantage, inputs)
+        fields |= dict(advantages=found.advantages, returns=found.returns)
+        if critic is not None and found.returns is not None:
+            explained = _explained(fields["values_old"], found.returns, rollout.response_mask)
+            metrics["critic/explained_variance"] = Mean(explained, jnp.float32(1))
+        return fields, metrics
+
+    jitted = jax.jit(fields_of)
+
+    def batch_of(
+        state: TrainState, reference: Params | None, rollout: Rollout, rewards: Array
+    ) -> tuple[Batch, Metrics]:
+        fields, metrics = jitted(state, reference, rollout, rewards)
+        return Batch(rollout, **fields), metrics
+
+    return batch_of
+
+
+def _explained(values: Array, returns: Array, mask: Array) -> Array:
+    """1 - var(R - V) / var(R) over response tokens: 1 is a critic that knows, 0 one that guesses
+    the mean; 0 where all returns are equal."""
+    if values.ndim == 3:
+        values, returns = values.mean(axis=-1), returns.mean(axis=-1)
+
+    def variance(x):
+        mean = jnp.mean(x, where=mask)
+        return jnp.mean(jnp.square(x - mean), where=mask)
+
+    spread = variance(returns)
+    return jnp.where(spread > 0, 1.0 - variance(returns - values) / spread, 0.0)
