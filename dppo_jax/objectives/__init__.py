@@ -60,6 +60,7 @@ from dppo_jax.objectives.dppo import (
     dppo_topk_tv,
 )
 from dppo_jax.objectives.drpo import drpo, mask_drpo, spo
+from dppo_jax.objectives.dual import r2vpo
 from dppo_jax.objectives.kl import (
     KlEstimate,
     absolute,
@@ -90,6 +91,7 @@ from dppo_jax.objectives.measures import (
     topk_slots_tv_measure,
     topk_tv_measure,
 )
+from dppo_jax.objectives.pairs import rebel
 from dppo_jax.objectives.policy_gradient import (
     Form,
     TokenLoss,
@@ -209,10 +211,12 @@ __all__ = [
     "product_mask",
     "quantile_budget",
     "quantile_huber",
+    "r2vpo",
     "ratio_measure",
     "ratio_surrogate",
     "reference_kl_penalty",
     "reinforce",
+    "rebel",
     "relax_rare",
     "rollout_anchor",
     "sapo",

@@ -113,6 +113,10 @@ METHODS: tuple[Method, ...] = (
     Method(o.bapo, "PPO's clip, bounds searched for each batch", "2510.18927"),
     Method(o.clip_cov, "PPO's clip, random high-covariance tokens off", "2505.22617"),
     Method(o.kl_cov, "|log r| at tokens of highest covariance", "2505.22617"),
+    Method(
+        o.rebel, "regresses reward differences on log-ratio differences, pairs", "2404.16767 eq. 1"
+    ),
+    Method(o.r2vpo, "penalty λ·(r - 1)², λ by dual ascent", "2601.03320", experimental=True),
     Method(o.minpro, "weight r_t·min of the ratios before", "2601.22718", experimental=True),
     Method(o.grpo_tis, "GRPO at old, tokens weigh min(old/μ, 2)", "verl@1dda039b"),
     Method(o.grpo_mis, "GRPO at old, sequences with Π old/μ > 3 off", "TRL@f2cd57710"),
