@@ -21,7 +21,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("model", "parameters"), [("qwen3_8b", 8_190_735_360)])
+@pytest.mark.parametrize(
+    ("model", "parameters"), [("qwen3_8b", 8_190_735_360), ("qwen3_30b_a3b", 30_532_122_624)]
+)
 def test_a_step_fits(model, parameters):
     paths = [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
