@@ -29,6 +29,23 @@ class Answers(NamedTuple):
         return scores.reshape(-1, samples_per_prompt)
 
 
+def reward_metrics(answers: Answers, rewards: np.ndarray) -> dict[str, float]:
+    """What a step logs of its rewards [P, G], under `reward/`; parts of a weighted reward too."""
+    failures = [verdict.failure for verdict in answers.verdicts]
+    parts: dict[str, list[float]] = {}
+    for verdict in answers.verdicts:
+        for name, score in verdict.parts.items():
+            parts.setdefault(name, []).append(score)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/groups_with_spread": float(np.ptp(rewards, axis=1).astype(bool).mean()),
+        "reward/verifier_errors": len(failures) - failures.count(""),
+        "reward/verifier_timeouts": failures.count("timeout"),
+        "reward/verifier_crashes": failures.count("crash"),
+    } | {f"reward/{name}": float(np.mean(scores)) for name, scores in parts.items()}
+
+
 def log_samples(
     log: JsonLines, step: int, examples: Sequence[Example], answers: Answers, count: int
 ) -> None:

@@ -1,7 +1,7 @@
 """Sampling with rewards, as training does it, and evaluation over named sets of problems."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from dppo_jax.prompts.pipeline import PromptBatch, TooLong, evaluation_batches
 from dppo_jax.prompts.store import load
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import FINISH_STOP, Prompts, Rollout
-from dppo_jax.rewards.verdicts import Verifier, grade
+from dppo_jax.rewards.verdicts import Verifier, grade_later
 from dppo_jax.sampling.generate import SamplingConfig, generate
 from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides
 
@@ -53,15 +53,18 @@ def sample(
     return generate(model, params, prompts, key, settings=settings)
 
 
-def answers_of(
+def answers_later(
     rollout: Rollout,
     examples: Sequence[Example],
     *,
     mesh: Mesh,
     tokenizer: Tokenizer,
     verifier: Verifier,
-) -> Answers:
-    """The rollout's texts and what the verifier says of them."""
+) -> Callable[[], Answers]:
+    """The rollout's texts, and what the verifier says of them once the result is called.
+
+    Until then an isolated verifier works in its own processes, while the devices go on here.
+    """
     tokens, mask, reason = to_local_rows(
         (rollout.response_tokens, rollout.response_mask, rollout.finish_reason),
         batch_sharding(mesh),
@@ -71,9 +74,8 @@ def answers_of(
     finished = [bool(r == FINISH_STOP) for r in reason]
     each = [example for example in examples for _ in range(samples)]
     lengths = mask.sum(axis=1)
-    return Answers(
-        texts, finished, lengths, grade(verifier, each, texts, finished, lengths.tolist())
-    )
+    verdicts = grade_later(verifier, each, texts, finished, lengths.tolist())
+    return lambda: Answers(texts, finished, lengths, verdicts.result())
 
 
 class Evaluated(NamedTuple):
@@ -162,6 +164,8 @@ class Evaluator:
                 too_long=self._too_long,
             )
             answered: list[Answered] = []
+            # A batch is graded while the next one is sampled.
+            graded: list[tuple[PromptBatch, Callable[[], Answers]]] = []
             for number, batch in enumerate(batches):
                 rollout = sample(
                     self._model,
@@ -171,14 +175,16 @@ class Evaluator:
                     mesh=self._mesh,
                     settings=each.sampling,
                 )
-                answers = answers_of(
+                answers = answers_later(
                     rollout,
                     batch.examples,
                     mesh=self._mesh,
                     tokenizer=self._tokenizer,
                     verifier=each.verifier,
                 )
-                answered += by_problem(name, batch.examples, batch.valid, answers)
+                graded.append((batch, answers))
+            for batch, answers in graded:
+                answered += by_problem(name, batch.examples, batch.valid, answers())
             k = each.sampling.samples_per_prompt
             numbers = evaluation_of(answered, k, self.held_out[name])
             left_out = len(self.held_out[name]) - numbers.prompts

@@ -28,6 +28,6 @@ class Stopwatch:
     def lap(self, part: str) -> None:
         """Gives the time since the last lap to `part`."""
         now = time.monotonic()
-        self.seconds[f"time/{part}"] = now - self._last
+        self.seconds[f"time/{part}"] = self.seconds.get(f"time/{part}", 0.0) + now - self._last
         self.seconds["time/step"] += now - self._last
         self._last = now

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from dppo_jax.advantages import Estimator, group_mean_baseline
-from dppo_jax.answers import log_samples
+from dppo_jax.answers import log_samples, reward_metrics
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
 from dppo_jax.checkpoint import Checkpoints, load_params, newest_step, save_params
 from dppo_jax.console import Console
@@ -25,7 +25,7 @@ from dppo_jax.evaluate import (
     EvalSet,
     Evaluator,
     accuracies,
-    answers_of,
+    answers_later,
     eval_sets_or_default,
     first_accuracy,
     open_answers,
@@ -41,7 +41,7 @@ from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
 from dppo_jax.prompts.pipeline import PromptIterator, TooLong
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Metrics, Objective, TrainState
-from dppo_jax.rewards.verdicts import Verifier
+from dppo_jax.rewards.verdicts import Verifier, check_examples
 from dppo_jax.rollout_policy import RolloutPolicy, current
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
@@ -116,6 +116,7 @@ def train(
     check_needs(needs, objective, valued, tokenizer, devices)
 
     source = load_train(dataset, data_dir)
+    check_examples(verifier, [source[i] for i in range(min(100, len(source)))])
     evaluate = Evaluator(
         network,
         eval_sets_or_default(eval_sets, dataset, eval_split, eval_prompts),
@@ -241,9 +242,9 @@ def train(
             jax.block_until_ready(rollout)
             clock.lap("sampling")
 
-            answers = answers_of(
+            answers = answers_later(
                 rollout, problems.examples, mesh=devices, tokenizer=tokenizer, verifier=verifier
-            )
+            )()
             rewards = answers.rewards(sampling.samples_per_prompt)
             clock.lap("rewards")
 
@@ -262,10 +263,7 @@ def train(
 
             tokens = int(answers.lengths.sum())
             numbers |= {
-                "reward/mean": float(rewards.mean()),
-                "reward/std": float(rewards.std()),
-                "reward/groups_with_spread": float(np.ptp(rewards, axis=1).astype(bool).mean()),
-                "reward/verifier_errors": sum(verdict.error for verdict in answers.verdicts),
+                **reward_metrics(answers, rewards),
                 "response/length": float(answers.lengths.mean()),
                 "response/finished": float(np.mean(answers.finished)),
                 "response/tokens": tokens,

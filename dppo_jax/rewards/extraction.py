@@ -6,16 +6,19 @@ from typing import Literal, NamedTuple
 
 Place = Literal["final", "boxed", "hashes", "answer", "anywhere", "whole"]
 
-# What may stand between boxes that are one answer: "\boxed{1} and \boxed{-2}", "$ ,\quad $".
+# What may stand between boxes that are one answer: "\boxed{1} and \boxed{-2}", "$ ,\quad $", and
+# a unit: "\boxed{3} papers and \boxed{4} bins".
 _CONNECTIVE = re.compile(
-    r"(?:[\s$,;.]|\\[()\[\],;:!]|\\quad|\\qquad|and|or|\\(?:text|mathrm)\s?\{[\s,]*(?:and|or)[\s,]*\})"
-    r"{1,20}"
+    r"(?:[ $]{0,3}[a-z]{1,12}(?= (?:and|or) ))?"
+    r"(?:[\s$,;.]|\\[()\[\],;:!]|\\q?quad|and|or"
+    r"|\\(?:text|mathrm)\s?\{[\s,]*(?:and|or)[\s,]*\}){1,20}"
 )
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])[ ]{0,4}")
 _ANSWER = re.compile(
     r"(?i:\banswer)[ \t*_]{0,8}[:\N{FULLWIDTH COLON}]|答案[是为]?[:\N{FULLWIDTH COLON}]?"
 )
-_FINAL = re.compile(r"(?i:final answer is)[ :]{0,3}(.{1,500}?)\.?\s{0,4}I hope it is correct")
+_FINAL = re.compile(r"(?i:final answer is)[ :]{0,3}(.{1,200}?)\.?\s{0,4}I hope it is correct")
+_HOPE = "I hope it is correct"
 _BARE = re.compile(r"\\?[0-9A-Za-z]+")
 
 
@@ -32,24 +35,26 @@ def find_answer(response: str, places: Sequence[str], *, tail: int = 4000) -> Fo
 
     final: X of the last `final answer is X. I hope it is correct`, as in Minerva's prompts
     (arXiv:2206.14858). boxed: the last `\\boxed{...}` with balanced braces, together with the boxes
-    right before it that only a comma, `and` or `or` separates. hashes: the line after the last
-    `####`. answer: the line after the last `Answer:`. anywhere: the last `tail` characters. whole:
-    all of it.
+    right before it that only a comma, `and` or `or` separates, after a unit or not. hashes: the
+    line after the last `####`. answer: the line after the last `Answer:`. anywhere: somewhere in
+    the text. whole: all of it. Only the last `tail` characters are looked through, but for boxes.
     """
     for place in places:
         match place:
             case "final":
-                said = [match[1] for match in _FINAL.finditer(response)]
+                said = (
+                    [match[1] for match in _FINAL.finditer(response)] if _HOPE in response else []
+                )
                 found = Found(said[-1].strip(), place, False) if said else None
             case "boxed":
                 boxes = boxed(response)
                 found = Found(", ".join(boxes), place, True) if boxes else None
             case "hashes":
                 _, marker, after = response.rpartition("####")
-                line = after.lstrip().split("\n", 1)[0].strip()
+                line = after.lstrip().split("\n", 1)[0].strip()[-tail:]
                 found = Found(line, place, False) if marker and line else None
             case "answer":
-                found = _after_answer(response)
+                found = _after_answer(response, tail)
             case "anywhere":
                 found = Found(response[-tail:], place, False) if response.strip() else None
             case "whole":
@@ -100,7 +105,7 @@ def _closing_braces(text: str) -> dict[int, int]:
     return closing
 
 
-def _after_answer(response: str) -> Found | None:
+def _after_answer(response: str, tail: int) -> Found | None:
     found = list(_ANSWER.finditer(response))
     if not found:
         return None
@@ -109,5 +114,5 @@ def _after_answer(response: str) -> Found | None:
     line = after.split("\n\n", 1)[0].strip()
     if not line.startswith(("\\[", "$$")):
         line = line.split("\n", 1)[0].strip()
-    line = line.rstrip("*_ ")
+    line = line[-tail:].rstrip("*_ ")
     return Found(line, "answer", False) if line else None

@@ -85,7 +85,7 @@ def _letter_patterns(letters: str) -> tuple[re.Pattern[str], ...]:
     letter = rf"(?<![A-Za-z0-9'])([{letters}])(?![A-Za-z0-9'])"
     return (
         re.compile(letter),
-        re.compile(rf"^[(\[*\s]{{0,4}}([{letters}])(?=[)\].:*,。、\s]|$)", re.MULTILINE),
+        re.compile(rf"^[(\[*\s]{{0,4}}([{letters}])(?=[)\].:*,。、]|\s[A-Z]|$)", re.MULTILINE),
         # Not across another "answer", so that each finds its own letter in linear time.
         re.compile(rf"(?:(?i:answer)|答案)(?:(?!(?i:answer)).){{0,60}}?{letter}", re.DOTALL),
     )

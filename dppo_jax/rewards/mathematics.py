@@ -9,17 +9,22 @@ from dppo_jax.prompts.examples import Example
 from dppo_jax.rewards.extraction import Found, Place, find_answer
 from dppo_jax.rewards.matches import chosen_letter
 from dppo_jax.rewards.numbers import last_number, number_text, parse_number
-from dppo_jax.rewards.plain_latex import plain
+from dppo_jax.rewards.plain_latex import plain, same
 from dppo_jax.rewards.verdicts import Limits, Verdict, isolated
 
 _PLACES: tuple[Place, ...] = ("final", "boxed", "hashes", "answer", "anywhere")
+_MARKED = ("final", "boxed", "hashes", "answer", "whole")  # places that only an answer stands at
 _MARKUP = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\f?box|####|(?i:\banswer\b)")
 _CJK = "\u3000-\u303f\u3400-\u9fff\uff00-\uffef"
 _CJK_EDGE = re.compile(rf"(?<=[{_CJK}])(?=[-0-9$\\])|(?<=[0-9$])(?=[{_CJK}])")
-_WORDS = re.compile(rf"(?<![\\a-zA-Z])[a-zA-Z]{{3,}}|[{_CJK}]")
+_WORDS = re.compile(
+    rf"(?<![\\a-zA-Z])(?:[a-zA-Z]{{3,}}|(?i:is|so|it|we|to|of)(?![a-zA-Z]))|[{_CJK}]"
+)
 _LETTER = re.compile(r"\\(?:mathrm|text|textrm)\{([ei])\}")
 _LETTERS = "ABCDEFGHIJ"
-_LETTER_GOLD = re.compile(rf"\(?[{_LETTERS}]\)?")
+_LETTER_GOLD = re.compile(
+    rf"\(?[{_LETTERS}]\)?|(?:.*\n)?\([{_LETTERS}]\) ?[A-Za-z].*"
+)  # C, (C) Cecile
 _SHOWN = 200
 
 
@@ -82,24 +87,26 @@ def _compare(
     max_characters: int,
 ) -> Verdict:
     expected = f"expected {_shown(gold.text)}"
+    text, wanted = plain(found.text), plain(gold.text)
+    if same(text, wanted):
+        return Verdict(1.0, _shown(found.text), "correct: the same text")
     if _is_answer(found) and _is_answer(gold):
-        text = plain(found.text)
-        if text and text == plain(gold.text):
-            return Verdict(1.0, _shown(found.text), "correct: the same text")
-        ours, theirs = parse_number(text), parse_number(plain(gold.text))
+        ours, theirs = parse_number(text), parse_number(wanted)
         if ours is not None and theirs is not None and "." not in f"{ours}{theirs}":
             equal = ours == theirs  # whole numbers: nothing is left to compare
             return Verdict(float(equal), _shown(found.text), "correct" if equal else expected)
-    if not found.exact and _LETTER_GOLD.fullmatch(plain(gold.text)):
-        letter, wanted = (chosen_letter(t, _LETTERS) for t in (found.text, gold.text))
-        return Verdict(float(letter == wanted), letter, "correct" if letter == wanted else expected)
+    if not found.exact and _LETTER_GOLD.fullmatch(gold.text.strip()):
+        letter, right = (chosen_letter(t, _LETTERS) for t in (found.text, gold.text))
+        return Verdict(float(letter == right), letter, "correct" if letter == right else expected)
     if not symbolic:
         return Verdict(0.0, _shown(found.text), expected)
     if len(found.text) > max_characters and found.exact:
         return Verdict(0.0, _shown(found.text), f"{expected}; too long to be compared as formula")
     target, shown = _parse(found, forms)
+    shown = found.text if found.exact else shown
     if target is None:
-        return Verdict(0.0, _shown(found.text), f"{expected}; no expression found")
+        extracted = _shown(found.text) if found.place in _MARKED else None
+        return Verdict(0.0, extracted, f"{expected}; no expression found")
     return _verify(
         _parse(gold, forms)[0], target, shown or found.text, expected, precision, allow_set_relation
     )

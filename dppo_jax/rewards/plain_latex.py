@@ -51,13 +51,22 @@ def plain(answer: str) -> str:
     text = _SHORT_FRACTION.sub(
         lambda m: f"\\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text
     )
-    text = _NAMED.sub("", text) if _NAMED.match(text) else text
     if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
     if slash := _SLASH.fullmatch(text):
         text = f"{slash[1]}\\frac{{{slash[2]}}}{{{slash[3]}}}"
     text = _DECIMAL.sub(_decimal, text)
     return text.casefold() if re.fullmatch(r"[a-zA-Z]{2,}", text) else text
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two plain forms are one answer: `x=5` is 5, but not `y=5`."""
+    return bool(one) and (one == other or _unnamed(one) == other or one == _unnamed(other))
+
+
+def _unnamed(text: str) -> str:
+    named = _NAMED.match(text)
+    return plain(text[named.end() :]) if named else text
 
 
 def _decimal(found: re.Match[str]) -> str:

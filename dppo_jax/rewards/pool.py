@@ -115,6 +115,7 @@ class Pool:
                 [sys.executable, "-c", _SUPERVISOR, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # the run's output is the run's
                 start_new_session=True,  # Ctrl-C is for the run, which then closes the pipe
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(search)},
             )

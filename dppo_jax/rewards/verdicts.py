@@ -4,7 +4,9 @@ import functools
 import inspect
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -131,6 +133,56 @@ def grade(
             logger.warning("verifier failed on example %s: %s", example.id, verdict.reason)
             break
     return verdicts
+
+
+def grade_later(
+    verifier: Verifier,
+    examples: Sequence[Example],
+    responses: Sequence[str],
+    finished: Sequence[bool],
+    tokens: Sequence[int] | None = None,
+) -> "Future[list[Verdict]]":
+    """`grade`, while the caller goes on; right away for a verifier that runs in this process.
+
+    The verdicts are the same. A thread waits for the pool; it does not hold up the run's end.
+    """
+    future: Future[list[Verdict]] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(grade(verifier, examples, responses, finished, tokens))
+        except BaseException as error:
+            future.set_exception(error)
+
+    if declared(verifier, "isolate") is None:
+        work()
+    else:
+        threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def check_examples(
+    verifier: Verifier, examples: Sequence[Example], *, max_share: float = 0.05
+) -> None:
+    """Refuses a data set whose answers the verifier cannot use, before anything is trained.
+
+    Each example's solution, or its answer where it has none, is judged as a response. Raises
+    ValueError if the verifier raises on more than `max_share` of the examples, and names the first
+    three; fewer are failures that the run counts.
+    """
+    responses = [example.solution or example.answer for example in examples]
+    count = len(examples)
+    verdicts = grade(verifier, examples, responses, [True] * count, [0] * count)
+    unfit = [
+        f"{example.id} ({verdict.reason})"
+        for example, verdict in zip(examples, verdicts, strict=True)
+        if verdict.failure == "error"
+    ]
+    if len(unfit) > max_share * count:
+        raise ValueError(
+            f"the verifier cannot judge {len(unfit)} of the first {count} examples, such as "
+            f"{'; '.join(unfit[:3])}: choose a verifier for these answers, or drop the examples"
+        )
 
 
 def judge(
