@@ -251,6 +251,12 @@ def test_padding_is_no_part_of_a_sequences_summary():
     assert region.decide(stats, batch).keep.all()
 
 
+def test_sequence_regions_ask_for_what_their_measure_needs():
+    for objective in (o.cppo(o.exact_tv_measure), o.trm_max(o.exact_kl_measure)):
+        assert objective.needs == {"exact_divergence"}
+    assert o.trm_avg(anchor=o.old_anchor).needs == {"logp_old"}
+
+
 # ---- errors ----------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
 from dppo_jax.objectives.measures import (
+    MEASURE_NEEDS,
     Anchor,
     AnchorLogps,
     Measure,
@@ -163,7 +164,8 @@ def _region(
         prefix = prefix_sums(distance, batch.rollout.response_mask, w_min=w_min, budget=made)
         return decide(prefix, by_sign(batch, *deltas), moving_away(stats, batch, logps))
 
-    return TrustRegion(verdict, centre.needs, "sequence")
+    needs = centre.needs | MEASURE_NEEDS.get(measure, frozenset())
+    return TrustRegion(verdict, needs, "sequence")
 
 
 KL_BUDGET = partial(fixed_budget, 0.002)

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
-from dppo_jax.objectives.measures import Anchor, Measure, rollout_anchor, topk_kl_measure
+from dppo_jax.objectives.measures import (
+    MEASURE_NEEDS,
+    Anchor,
+    Measure,
+    rollout_anchor,
+    topk_kl_measure,
+)
 from dppo_jax.objectives.policy_gradient import Form, policy_gradient
 from dppo_jax.objectives.trust_region import (
     Decision,
@@ -52,7 +58,8 @@ def sequence_bounded(
         whole = summary(distance, batch.rollout.response_mask)
         return Decision(whole <= by_sign(batch, delta_low, delta_high), distance)
 
-    return TrustRegion(decide, centre.needs, "sequence")
+    needs = centre.needs | MEASURE_NEEDS.get(measure, frozenset())
+    return TrustRegion(decide, needs, "sequence")
 
 
 def trm_max(
