@@ -13,6 +13,8 @@ have a baseline that is constant for a prompt subtracted: an advantage has. A bi
 divergence is at most the true one, so a penalty made of it may be too small.
 """
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -84,6 +86,18 @@ def penalty_prefix(
     that the bound rests on.
     """
     return 2.0 * reward_max * horizon * (horizon - 1) * tv_max * budget
+
+
+def with_improvement(numbers: Mapping[str, float]) -> dict[str, float]:
+    """A step's numbers and `bound/improvement`, L' less eq. 8's penalty, where they hold its terms.
+
+    An estimate, from what μ has sampled, of a lower bound on J(π) - J(μ); ξ is the largest |A|.
+    """
+    found = dict(numbers)
+    if "bound/surrogate" in numbers:
+        penalty = penalty_sum_tv(numbers["advantage/max"], numbers["bound/tv_sum"])
+        found["bound/improvement"] = numbers["bound/surrogate"] - float(penalty)
+    return found
 
 
 def prefix_budget(

@@ -1,5 +1,7 @@
 """Which tokens a run masked most: the table of the DPPO paper's figure, as text."""
 
+import json
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,3 +41,9 @@ def most_masked(counts: np.ndarray, tokenizer: Tokenizer) -> list[MaskedToken]:
         for i in order
         if masked[i]
     ]
+
+
+def as_json(tokens: Sequence[MaskedToken]) -> str:
+    """The table as a file's text, a token a line."""
+    rows = ",\n".join(json.dumps(token._asdict(), ensure_ascii=False) for token in tokens)
+    return f"[\n{rows}\n]\n"

@@ -145,7 +145,29 @@ def _stats(
         layout=head_layout(),
     )
     logp = (out.logit_at - out.lse[:, None]).reshape(*rollout.response_tokens.shape, -1)
-    return TokenStats(logp[..., 0], logp[..., 1:], out.entropy.reshape(logp.shape[:2]))
+    shape = logp.shape[:2]
+    even = _uniform_logp(decoder, hidden, out.lse, temperature)
+    return TokenStats(
+        logp[..., 0],
+        logp[..., 1:],
+        out.entropy.reshape(shape),
+        uniform_logp=None if even is None else even.reshape(shape),
+    )
+
+
+def _uniform_logp(
+    decoder: Decoder, hidden: Float[Array, "N D"], lse: Float[Array, " N"], temperature: float
+) -> Float[Array, " N"] | None:
+    """mean_v log π(v) = x · mean_v(w_v) / temperature - lse, lse = log Σ_v e^(z_v); no gradient.
+
+    One dot product a token, since the mean of the logits is the logit of the mean row; dropped by
+    the compiler where nobody reads it. A final soft-cap breaks that: None.
+    """
+    if decoder.config.final_soft_cap is not None:
+        return None
+    rows = jax.lax.stop_gradient(decoder.unembedding_matrix()).astype(jnp.float32)
+    hidden, lse = jax.lax.stop_gradient((hidden.astype(jnp.float32), lse))
+    return hidden @ rows.mean(axis=0) / temperature - lse
 
 
 def _exact(

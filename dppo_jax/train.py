@@ -18,6 +18,7 @@ import optax
 from dppo_jax.advantages import Estimator, group_mean_baseline
 from dppo_jax.answers import log_samples, reward_metrics
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
+from dppo_jax.bounds import with_improvement
 from dppo_jax.checkpoint import Checkpoints, load_params, newest_step, save_params
 from dppo_jax.console import Console
 from dppo_jax.critic import Critic, ValueModel
@@ -32,6 +33,7 @@ from dppo_jax.evaluate import (
     sample,
 )
 from dppo_jax.initial_policy import InitialContext, InitialPolicy
+from dppo_jax.masked_tokens import as_json, most_masked
 from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
 from dppo_jax.models.decoder import DecoderConfig, Model, Params
 from dppo_jax.multihost import is_writer, to_global_rows
@@ -159,6 +161,8 @@ def train(
     def fresh_state(params: Params) -> TrainState:
         memory = rollout_policy.init(params)
         state = init_state(params, optimizer, objective.initial_state, memory)
+        counts = jnp.zeros((3, model.vocab_size), jnp.int32)
+        state = dataclasses.replace(state, token_counts=counts)
         if valued is None:
             return state
         values = valued.init_sharded(jax.random.fold_in(initial_key, 1), params, devices)
@@ -308,6 +312,8 @@ def train(
         evaluated = evaluate(state.params)
         evaluated.write(kept, steps)
         after = evaluated.as_dict()
+        masked = most_masked(jax.device_get(state.token_counts), tokenizer)
+        write_files(directory, {"masked_tokens.json": as_json(masked)})
     for file in (checkpoints, log, samples, kept):
         file.close()
     summary = {
@@ -316,6 +322,7 @@ def train(
         "steps": steps,
         "wall_seconds": round(seconds_before + time.monotonic() - started, 1),
         "seed": seed,
+        "most_masked": [token.text for token in masked[:5]],
         "before": before,
         "after": after,
         "jax": jax.__version__,
@@ -333,7 +340,7 @@ def _step_numbers(metrics: Sequence[Metrics]) -> dict[str, float]:
     mismatch that `rollout_policy` makes on purpose.
     """
     first = {name: m for name, m in metrics[0].items() if name.startswith("mismatch/")}
-    return reduce_metrics(*metrics) | reduce_metrics(first)
+    return with_improvement(reduce_metrics(*metrics) | reduce_metrics(first))
 
 
 def _fraction(value: float | None) -> str:

@@ -204,7 +204,7 @@ def make_update(
         for name, metric in list(metrics.items()):
             if isinstance(metric, Counts):
                 del metrics[name]
-                counts = state.token_counts + metric.value
+                counts = constrain(state.token_counts + metric.value, None, None)
                 after = dataclasses.replace(after, token_counts=counts)
         if objective.next_state is not None:
             carried = objective.next_state(state.objective_state, metrics)

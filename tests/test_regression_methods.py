@@ -1,4 +1,4 @@
-"""REBEL and R2VPO: tables by hand, gradients against differences, the state they carry."""
+"""REBEL, ROVER and R2VPO: tables by hand, gradients against differences, the state they carry."""
 
 import sys
 from dataclasses import replace
@@ -15,6 +15,7 @@ from dppo_jax import objectives as o
 from dppo_jax.metrics import reduce_metrics
 from dppo_jax.records import Batch, Mean
 from dppo_jax.sampling.generate import SamplingConfig, generate
+from dppo_jax.scoring import score
 from dppo_jax.update import init_state, make_update
 
 sys.path.append(str(Path(__file__).parent / "contracts"))
@@ -88,6 +89,38 @@ def test_rebel_wants_pairs():
         o.rebel(0.0)
 
 
+def rover_batch():
+    stats, batch = make_batch(seed=6, b=4, t=5)
+    rng = np.random.default_rng(0)
+    one, two = (jnp.asarray(rng.normal(size=(4, 5)) - 3, jnp.float32) for _ in range(2))
+    return replace(stats, uniform_logp=one), replace(batch, uniform_logp_old=two)
+
+
+def test_rover_by_hand():
+    """ρ = 2, two tokens, A = .5: Q = 2 log(.6/.5), 2 log(.2/.4); the first's target is
+    .5 + 2 (-2 - -3) c, the last's .5."""
+    stats, batch = from_probabilities([0.9, 0.9], [0.6, 0.2], [0.5, 0.5], old=[0.5, 0.4])
+    stats = replace(stats, uniform_logp=jnp.array([[-9.0, -2.0]]))
+    batch = replace(batch, uniform_logp_old=jnp.array([[-4.0, -3.0]]))
+    for scale in (1.0, 0.5):
+        loss, gradient = loss_and_gradient(o.rover(2.0, scale), stats, batch)
+        errors = np.array([2 * np.log(1.2) - (0.5 + 2 * scale), 2 * np.log(0.5) - 0.5])
+        np.testing.assert_allclose(loss.loss_sum, (errors**2).sum(), rtol=1e-5)
+        np.testing.assert_allclose(gradient.logp[0], 4 * errors, rtol=1e-5)
+        assert not gradient.uniform_logp.any()
+
+
+def test_rover_ignores_what_comes_after_the_response():
+    stats, batch = rover_batch()
+    mask = batch.rollout.response_mask
+    noisy = replace(stats, uniform_logp=jnp.where(mask, stats.uniform_logp, jnp.nan))
+    old = replace(batch, uniform_logp_old=jnp.where(mask, batch.uniform_logp_old, 7.0))
+    loss = o.rover().loss
+    np.testing.assert_allclose(loss(noisy, old).loss_sum, loss(stats, batch).loss_sum, rtol=1e-6)
+    with pytest.raises(ValueError, match="uniform_logp"):
+        loss(replace(stats, uniform_logp=None), batch)
+
+
 def test_r2vpo_by_hand_and_its_dual_step():
     """λ = .5, r = 1.2 and .5, A = 1 and -1: loss -1.2 + .5·.04 and .5 + .5·.25; mean (r - 1)² is
     .145, so λ becomes .5 + .1 (.145 - .04) = .5105, and falls no lower than 0."""
@@ -104,15 +137,30 @@ def test_r2vpo_by_hand_and_its_dual_step():
     assert float(objective.next_state(jnp.float32(0.001), quiet)) == 0.0
 
 
-@pytest.mark.parametrize("make", [o.rebel, o.r2vpo])
+@pytest.mark.parametrize("make", [o.rebel, o.rover, o.r2vpo])
 def test_gradients_against_differences(make):
-    stats, batch = groups()
+    stats, batch = rover_batch() if make is o.rover else groups()
 
     @jax.jit
     def loss(logp):
         return make().loss(replace(stats, logp=logp), batch).loss_sum
 
     check_grads(loss, (stats.logp,), order=1, modes=["rev"], rtol=2e-2, atol=2e-2, eps=1e-2)
+
+
+def test_the_scorer_streams_the_vocabularys_mean(tiny, prompts):
+    """`uniform_logp` against the mean of whole log-probability vectors, at a temperature."""
+    model, params = tiny
+    settings = SamplingConfig(max_new_tokens=3, samples_per_prompt=2, top_k_capture=37)
+    rollout = generate(model, params, prompts, jax.random.key(0), settings=settings)
+    stats = score(model, params, rollout, temperature=0.7)
+    whole = np.asarray(stats.topk_logp)  # K = V: every token
+    mask = np.asarray(rollout.response_mask)
+    np.testing.assert_allclose(
+        np.asarray(stats.uniform_logp)[mask], whole.mean(-1)[mask], rtol=1e-5, atol=1e-5
+    )
+    capped = type(model)(replace(model.config, final_soft_cap=5.0))
+    assert score(capped, params, rollout, temperature=1.0).uniform_logp is None
 
 
 def test_the_dual_variable_moves_with_the_updates(tiny, prompts):

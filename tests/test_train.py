@@ -52,6 +52,7 @@ def test_files_of_a_run(run):
         "config.gin",
         "operative_config.gin",
         "metrics.jsonl",
+        "masked_tokens.json",
         "samples.jsonl",
         "answers.jsonl",
         "summary.json",
@@ -79,10 +80,26 @@ def test_metrics_of_every_step(run):
         # a mean over masked tokens is null where none was masked
         assert None not in [v for name, v in line.items() if not name.startswith("mask/")]
         assert 0 < line["reward/mean"] < 1 and line["update/gradient_norm"] > 0
+        penalty = 4 * line["advantage/max"] * line["bound/tv_sum"]
+        assert line["bound/improvement"] == pytest.approx(line["bound/surrogate"] - penalty)
         assert line["mismatch/logp_abs_max"] < 1e-4
         assert line["mismatch/ratio_mean"] == pytest.approx(1, abs=1e-4)
         parts = sum(line[f"time/{part}"] for part in ("sampling", "rewards", "scoring", "update"))
         assert line["time/step"] == pytest.approx(parts)
+
+
+def test_masked_tokens_are_counted_over_the_whole_run(dppo, toy_recipe, tmp_path):
+    """Every response token occurs once a rollout; a region of no width masks on the second step."""
+    flags = ("--gin.objectives.dppo_binary_tv.delta=0.0", "--gin.STEPS=2")
+    done = dppo("train", toy_recipe, "--workdir", tmp_path / "run", *flags)
+    assert done.status == 0, done.err
+    rows = json.loads((tmp_path / "run" / "masked_tokens.json").read_text())
+    assert rows and all(0 < row["masked"] <= row["occurrences"] for row in rows)
+    assert [row["masked"] for row in rows] == sorted((r["masked"] for r in rows), reverse=True)
+    written = lines(tmp_path / "run" / "metrics.jsonl")
+    assert sum(r["occurrences"] for r in rows) <= sum(line["response/tokens"] for line in written)
+    assert f"{rows[0]['text']!r}" in done.out
+    assert summary_of(tmp_path / "run")["most_masked"] == [row["text"] for row in rows[:5]]
 
 
 def test_nothing_compiles_after_the_first_step(run):

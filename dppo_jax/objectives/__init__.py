@@ -102,6 +102,7 @@ from dppo_jax.objectives.policy_gradient import (
     ratio_surrogate,
 )
 from dppo_jax.objectives.ppo import clipped_surrogate, dapo, dr_grpo, ppo_clip
+from dppo_jax.objectives.rover import rover
 from dppo_jax.objectives.sequence_ratio import gmpo, gspo, gspo_token, luspo
 from dppo_jax.objectives.soft_gates import sapo, vespo
 from dppo_jax.objectives.terms import Term, with_entropy_bonus, with_term
@@ -219,6 +220,7 @@ __all__ = [
     "rebel",
     "relax_rare",
     "rollout_anchor",
+    "rover",
     "sapo",
     "seq_mean_token_mean",
     "seq_mean_token_sum",

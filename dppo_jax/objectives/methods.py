@@ -116,6 +116,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         o.rebel, "regresses reward differences on log-ratio differences, pairs", "2404.16767 eq. 1"
     ),
+    Method(o.rover, "regresses ρ·log π/old on A + the uniform policy's next Q", "2509.24981"),
     Method(o.r2vpo, "penalty λ·(r - 1)², λ by dual ascent", "2601.03320", experimental=True),
     Method(o.minpro, "weight r_t·min of the ratios before", "2601.22718", experimental=True),
     Method(o.grpo_tis, "GRPO at old, tokens weigh min(old/μ, 2)", "verl@1dda039b"),

@@ -85,6 +85,7 @@ def _train(options: argparse.Namespace) -> None:
                 for when in ("before", "after")
                 for name, each in accuracies(summary[when]).items()
             },
+            "most masked": ", ".join(map(repr, summary["most_masked"])) or "none",
             "steps": str(summary["steps"]),
             "time": duration(summary["wall_seconds"]),
             "run directory": str(workdir),

@@ -51,11 +51,14 @@ def make_batch(
         logp=sampled(log_pi),
         topk_logp=topk(log_pi),
         entropy=jnp.asarray(-(np.exp(log_pi) * log_pi).sum(-1), jnp.float32),
+        uniform_logp=jnp.asarray(log_pi.mean(-1), jnp.float32),
         exact_tv=jnp.asarray(0.5 * np.abs(mu - np.exp(log_pi)).sum(-1), jnp.float32),
         exact_kl=jnp.asarray((mu * (log_mu - log_pi)).sum(-1), jnp.float32),
     )
     per_token = jnp.asarray(np.repeat(advantages[:, None], t, axis=1), jnp.float32)
-    return stats, Batch(rollout, per_token, sampled(log_old), topk(log_old))
+    old_mean = jnp.asarray(log_old.mean(-1), jnp.float32)
+    batch = Batch(rollout, per_token, sampled(log_old), topk(log_old))
+    return stats, replace(batch, uniform_logp_old=old_mean)
 
 
 def from_probabilities(mu, pi, advantages, old=None) -> tuple[TokenStats, Batch]:

@@ -78,6 +78,7 @@ SCORES = {
 EXEMPT = {
     "on policy it is REINFORCE": {
         "clip_cov": "drops random tokens whatever the policy is",
+        "rover": "regresses on the advantage: twice as much, and on the next state",
     },
     "moving back is kept": {
         "trm_max": "drops whole sequences whatever their direction",
@@ -85,6 +86,7 @@ EXEMPT = {
         "trm_max wide": "drops whole sequences whatever their direction",
         "trm_avg wide": "drops whole sequences whatever their direction",
         "vespo": "its weight closes on both sides",
+        "rover": "regresses on a target on both sides",
         "bapo": "dual clip",
         "ppo_clip dual": "dual clip",
         "clip_cov": "drops random tokens whatever their direction",
@@ -96,6 +98,7 @@ EXEMPT = {
     "no advantage, no gradient": {
         "dro": "its square pulls towards the anchor",
         "r2vpo": "its penalty pulls towards the anchor",
+        "rover": "regresses on the target that is left, which is the next state's",
         "kl_cov": "its penalty pulls towards the anchor",
         "cpgd drift": "its drift pulls towards the anchor",
     },
