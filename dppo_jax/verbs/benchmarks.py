@@ -1,6 +1,7 @@
 """Verbs that measure: bench step, bench head."""
 
 import argparse
+import importlib.util
 import json
 from typing import Any
 
@@ -47,6 +48,11 @@ def add(verbs: Any) -> None:
     head.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
     forms = "naive,chunked,xla,pallas_tpu,single_pass,tokamax"
     head.add_argument("--forms", default=forms, help=f"which, by commas (default: {forms})")
+    head.add_argument(
+        "--chips",
+        help="compile for these TPUs instead, by commas (v4, v5e, v5p, v6e, 7x): memory, flops and "
+        "seconds as the compiler has them, in bfloat16; needs libtpu and no TPU",
+    )
 
 
 def _bench_step(options: argparse.Namespace) -> None:
@@ -63,6 +69,9 @@ def _bench_step(options: argparse.Namespace) -> None:
 
 
 def _bench_head(options: argparse.Namespace) -> None:
+    if options.chips:
+        _compile_head(options)
+        return
     command.start_jax()
     from dppo_jax.bench_head import bench_head, show_head
 
@@ -76,3 +85,26 @@ def _bench_head(options: argparse.Namespace) -> None:
         repeats=options.repeats,
     )
     print(json.dumps(result)) if options.json else show_head(result)
+
+
+def _compile_head(options: argparse.Namespace) -> None:
+    from dppo_jax.console import Console
+    from dppo_jax.kernels.plan import FORMS, compile_table
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("--chips needs libtpu: pip install 'dppo-jax[plan]'")
+    shape = (options.tokens, options.width, options.vocab)
+    rows = compile_table(options.chips.split(","), (shape,), FORMS, options.top_k)
+    if options.json:
+        print(json.dumps({"compiled": rows}))
+        return
+    cells = {}
+    for row in rows:
+        seconds = row["compiler_seconds"]
+        cells[f"{row['chip']} {row['form']}"] = (
+            f"{row['temporary_bytes'] / 2**20:7.0f} MiB   {row['temporary_share']:6.1%} of N x V   "
+            f"{row['flops'] / 1e12:6.1f} TFLOP   compiler "
+            + ("-" if seconds is None else f"{seconds * 1e3:.1f} ms")
+            + f"   roofline {row['roofline_seconds'] * 1e3:.1f} ms"
+        )
+    Console().table(f"head N={shape[0]} D={shape[1]} V={shape[2]} K={options.top_k}", cells)
