@@ -96,7 +96,7 @@ def loss_and_score(
     total, terms = fused_loss(
         losses,
         hidden,
-        decoder.unembedding_matrix(),
+        decoder.stored_unembedding(),
         ids,
         (weights, *leaves),
         temperature=temperature,

@@ -18,7 +18,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dppo_jax.kernels import single_pass, xla
-from dppo_jax.kernels.head import fused_loss, head
+from dppo_jax.kernels.head import head
+from dppo_jax.kernels.single_pass import fused_loss_and_grad
 
 
 class Chip(NamedTuple):
@@ -60,7 +61,7 @@ def _fused_loss(x, w, ids):
     def losses(terms, rows):
         return terms.logp[:, 0] + terms.entropy
 
-    return fused_loss(losses, x, w, ids, (), stored_gradient=False)
+    return fused_loss_and_grad(losses, x, w, ids, (), stored_gradient=False)
 
 
 class Form(NamedTuple):
@@ -82,7 +83,7 @@ FORMS = {
         "forward",
     ),
     "single_pass": Form(
-        jax.value_and_grad(_fused_loss, (0, 1), has_aux=True), 6, 1, 1,
+        _fused_loss, 6, 1, 1,
         lambda tokens, vocabulary: -(-tokens // single_pass.chunk_tokens(tokens)),
         None,
     ),

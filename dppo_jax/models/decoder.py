@@ -52,9 +52,12 @@ class Decoder(nnx.Module):
         return x * jnp.asarray(c.width**0.5, c.dtype) if c.scaled_embeddings else x
 
     def unembedding_matrix(self) -> Float[Array, "V D"]:
-        c = self.config
-        matrix = self.embedding if c.tied_embeddings else self.unembedding
-        return matrix[...].astype(c.dtype)
+        return self.stored_unembedding().astype(self.config.dtype)
+
+    def stored_unembedding(self) -> Float[Array, "V D"]:
+        """In the parameters' precision, for those who round it themselves."""
+        tied = self.config.tied_embeddings
+        return (self.embedding if tied else self.unembedding)[...]
 
     def normed(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         return normed(self.config, x, self.final_norm)
