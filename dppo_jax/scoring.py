@@ -102,6 +102,7 @@ def loss_and_score(
         temperature=temperature,
         soft_cap=model.config.final_soft_cap,
         stored_gradient=False,
+        valid=rollout.response_mask.reshape(-1),
         layout=head_layout(),
     )
     logp = terms.logp.reshape(*rollout.response_tokens.shape, -1)

@@ -144,6 +144,22 @@ def test_extreme_logits_keep_everything_finite():
     np.testing.assert_allclose(terms.entropy[:2], [0.0, np.log(3)], atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_tokens_that_are_not_valid_are_not_there(share):
+    """The same as without their rows, and nothing of what they hold gets in."""
+    hidden, unembedding, ids, rows = draw(8, 8 * CHUNKS * 2 + 5, 4, 9, 3)
+    valid = np.random.default_rng(0).uniform(size=len(hidden)) < share
+    (value, terms), (d_x, d_w) = differentiated(
+        np.where(valid[:, None], hidden, np.nan), unembedding, ids, rows, valid=jnp.asarray(valid)
+    )
+    kept = (hidden[valid], unembedding, ids[valid], jax.tree.map(lambda row: row[valid], rows))
+    want, grads = reference64(*kept)
+    assert float(value) == pytest.approx(want, rel=1e-4, abs=1e-5)
+    assert_close(d_w, grads[1], 2e-5)
+    assert_close(np.asarray(d_x)[valid], grads[0], 2e-5) if valid.any() else None
+    assert not np.asarray(d_x)[~valid].any() and not np.asarray(terms.logp)[~valid].any()
+
+
 def test_padding_of_the_last_chunk_never_reaches_the_caller():
     """A loss that is infinite in slope where a row holds nothing but padding's zeros."""
     hidden, unembedding, ids, _ = draw(5, 8 * CHUNKS + 3, 4, 9, 1)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from dppo_jax.kernels import tiles, tpu
 from dppo_jax.kernels.reference import reference
@@ -131,6 +131,7 @@ def fused_loss(
     temperature: float = 1.0,
     soft_cap: float | None = None,
     stored_gradient: bool = True,
+    valid: Bool[Array, " N"] | None = None,
     layout: Layout | None = None,
 ) -> tuple[Float[Array, ""], TokenTerms]:
     """(sum_n loss(terms_n, rows_n), terms) with the gradient made in the same pass over the logits.
@@ -142,6 +143,8 @@ def fused_loss(
     Args:
       loss: (TokenTerms, rows) of any n of the tokens -> losses [n].
       rows: a pytree of what else the loss needs, leaves [N, ...]; no gradient reaches it.
+      valid: False at tokens that are no part of the loss and cost next to nothing; their terms are
+        0 where a gradient is taken. None: all are.
       hidden, unembedding, ids, temperature, soft_cap, stored_gradient, layout: as `head`. A float32
         matrix beside bfloat16 hidden states is used in bfloat16; its gradient stays float32.
     """
@@ -150,7 +153,7 @@ def fused_loss(
     if layout is not None:
         layout.check(len(hidden), *unembedding.shape)
     setting = _Setting(checked_transform(temperature, soft_cap), stored_gradient, layout)
-    total, terms = _fused_loss(loss, setting, hidden, unembedding, index, rows)
+    total, terms = _fused_loss(loss, setting, hidden, unembedding, index, rows, valid)
     return total, jax.lax.stop_gradient(terms)
 
 
@@ -161,21 +164,24 @@ class _Setting(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused_loss(loss, setting, hidden, unembedding, ids, rows):
+def _fused_loss(loss, setting, hidden, unembedding, ids, rows, valid):
     matrix = unembedding.astype(hidden.dtype)
     out = head(hidden, matrix, ids, **setting.transform._asdict(), layout=setting.layout)
     terms = TokenTerms(out.logit_at - out.lse[:, None], out.entropy)
-    return jnp.sum(loss(terms, rows)), terms
+    losses = loss(terms, rows)
+    return jnp.sum(losses if valid is None else jnp.where(valid, losses, 0.0)), terms
 
 
-def _fused_loss_forward(loss, setting, hidden, unembedding, ids, rows):
+def _fused_loss_forward(loss, setting, hidden, unembedding, ids, rows, valid):
     matrix = unembedding.astype(hidden.dtype)
     options = setting.transform._asdict() | {"stored_gradient": setting.stored_gradient}
     if setting.layout is None:
-        total, terms, gradients = fused_loss_and_grad(loss, hidden, matrix, ids, rows, **options)
+        total, terms, gradients = fused_loss_and_grad(
+            loss, hidden, matrix, ids, rows, valid=valid, **options
+        )
     else:
         total, terms, gradients = sharded_loss_and_grad(
-            loss, hidden, matrix, ids, rows, setting.layout, **options
+            loss, hidden, matrix, ids, rows, valid, setting.layout, **options
         )
     dtype = jnp.zeros((0,), unembedding.dtype)  # a dtype is no residual; an empty array is
     return (total, terms), (gradients, dtype)
@@ -185,7 +191,7 @@ def _fused_loss_backward(loss, setting, kept, cotangents):
     gradients, dtype = kept
     g, _ = cotangents
     d_hidden = (g * gradients.hidden).astype(gradients.hidden.dtype)
-    return d_hidden, (g * gradients.unembedding).astype(dtype.dtype), None, None
+    return d_hidden, (g * gradients.unembedding).astype(dtype.dtype), None, None, None
 
 
 _fused_loss.defvjp(_fused_loss_forward, _fused_loss_backward)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.kernels.single_pass import Gradients, RowLoss, TokenTerms, fused_loss_and_grad
 from dppo_jax.kernels.xla import Saved, backward
@@ -194,21 +194,29 @@ def sharded_loss_and_grad(
     unembedding: Float[Array, "V D"],
     ids: Int[Array, "N J"],
     rows: Any,
+    valid: Bool[Array, " N"] | None,
     layout: Layout,
     **options: Any,
 ) -> tuple[Float[Array, ""], TokenTerms, Gradients]:
     """`single_pass.fused_loss_and_grad` on the mesh that is set; same results, laid out on it."""
 
-    def local(hidden, unembedding, ids, rows):
-        here = layout.shift(ids, unembedding.shape[0])
+    def local(hidden, unembedding, ids, rows, valid):
         total, terms, gradients = fused_loss_and_grad(
-            loss, hidden, unembedding, here, rows, vocabulary_axis=layout.vocabulary, **options
+            loss,
+            hidden,
+            unembedding,
+            layout.shift(ids, unembedding.shape[0]),
+            rows,
+            valid=valid,
+            vocabulary_axis=layout.vocabulary,
+            token_axes=layout.tokens,
+            **options,
         )
         if layout.tokens:
             total = lax.psum(total, layout.tokens)
         return total, terms, (gradients.hidden, layout.reduce_matrix(gradients.unembedding))
 
-    specs = (layout.rows, layout.matrix, layout.rows, layout.rows)
+    specs = (layout.rows, layout.matrix, layout.rows, layout.rows, layout.rows)
     out = (PartitionSpec(), layout.rows, (layout.rows, layout.stored))
-    total, terms, gradients = on_mesh(local, specs, out)(hidden, unembedding, ids, rows)
+    total, terms, gradients = on_mesh(local, specs, out)(hidden, unembedding, ids, rows, valid)
     return total, terms, Gradients(*gradients)

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from dppo_jax.kernels.packing import packing
 from dppo_jax.kernels.xla import LEAST_LOG_P, Transform, contract, logits_of, statistics_dtype
 
 # A chunk's logits and their cotangents are the workspace. A sixteenth of the tokens keeps it under
@@ -59,7 +60,9 @@ def fused_loss_and_grad(
     temperature: float = 1.0,
     soft_cap: float | None = None,
     stored_gradient: bool = True,
+    valid: Bool[Array, " N"] | None = None,
     vocabulary_axis: str | None = None,
+    token_axes: tuple[str, ...] = (),
 ) -> tuple[Float[Array, ""], TokenTerms, Gradients]:
     """(sum of losses, terms, its gradients) of z = soft_cap * tanh(x.w / soft_cap) / temperature.
 
@@ -73,9 +76,12 @@ def fused_loss_and_grad(
       rows: a pytree of what else the loss needs, leaves [N, ...].
       temperature, soft_cap: as `kernels.head.head`; known when tracing.
       stored_gradient: False makes logp[:, 1:] constants, which saves their scatter.
+      valid: False at tokens that are no part of the loss: they cost next to nothing, their terms
+        and gradients are 0. None: all are.
       vocabulary_axis: inside `jax.shard_map`, the mesh axis that splits the rows of `unembedding`;
         ids are then those of the shard (outside [0, V) where another shard has them). Maxima and
         sums are combined over it; the gradient of hidden comes out summed.
+      token_axes: likewise, the axes that split the tokens: all devices run as many chunks.
 
     Returns:
       The loss and the terms of all tokens are float32 and carry no gradient of their own.
@@ -90,13 +96,23 @@ def fused_loss_and_grad(
     def padded(leaf):
         return jnp.pad(leaf, ((0, chunks * size - tokens), *((0, 0),) * (leaf.ndim - 1)))
 
-    inputs = jax.tree.map(padded, (hidden, ids, rows))
+    inputs = hidden, ids, rows
+    count: Array | int = tokens
+    live: Array | int = chunks
+    if valid is not None:
+        packed = packing(valid)
+        inputs, count = jax.tree.map(packed.pack, inputs), packed.valid
+        live = -(-count // size)
+        if token_axes:
+            live = lax.pmax(live, token_axes)
+    inputs = jax.tree.map(padded, inputs)
 
     def chunk_pass(index):
         x, at, extra = jax.tree.map(
             lambda leaf: lax.dynamic_slice_in_dim(leaf, index * size, size), inputs
         )
-        real = index * size + jnp.arange(size) < tokens
+        real = index * size + jnp.arange(size) < count
+        x = jnp.where(real[:, None], x, 0)  # a NaN times a zero cotangent would reach the matrix
         products = contract(x, unembedding, 1, 1, dtype)
         z = logits_of(products, transform)
         lse, terms = _statistics(z, at, vocabulary_axis)
@@ -134,22 +150,33 @@ def fused_loss_and_grad(
         d_unembedding = contract(dz, x, 0, 0, dtype)
         return jnp.sum(losses), terms, d_hidden.astype(hidden.dtype), d_unembedding
 
-    if chunks == 1:
-        total, terms, d_hidden, d_unembedding = chunk_pass(0)
+    def step(index, state):
+        total, whole, d_unembedding = state
+        losses, terms, d_hidden, more = chunk_pass(index)
+
+        def put(into, part):
+            return lax.dynamic_update_slice_in_dim(into, part, index * size, axis=0)
+
+        return total + losses, jax.tree.map(put, whole, (terms, d_hidden)), d_unembedding + more
+
+    def nothing(like):
+        return jnp.zeros((chunks * size, *like.shape[1:]), like.dtype)
+
+    *_, terms, d_hidden, _ = jax.eval_shape(chunk_pass, jnp.int32(0))
+    state = (
+        jnp.zeros((), dtype),
+        jax.tree.map(nothing, (terms, d_hidden)),
+        jnp.zeros(unembedding.shape, dtype),
+    )
+    if valid is None and chunks == 1:
+        state = step(0, state)
     else:
-
-        def step(d_unembedding, index):
-            *found, more = chunk_pass(index)
-            return d_unembedding + more, tuple(found)
-
-        nothing = jnp.zeros(unembedding.shape, dtype)
-        d_unembedding, found = lax.scan(step, nothing, jnp.arange(chunks))
-        losses, terms, d_hidden = found
-        total = jnp.sum(losses)
-        terms, d_hidden = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (terms, d_hidden)
-        )
-    terms, d_hidden = jax.tree.map(lambda leaf: leaf[:tokens], (terms, d_hidden))
+        state = lax.fori_loop(0, live, step, state)
+    total, by_token, d_unembedding = state
+    by_token = jax.tree.map(lambda leaf: leaf[:tokens], by_token)
+    if valid is not None:
+        by_token = jax.tree.map(packed.unpack, by_token)
+    terms, d_hidden = by_token
     return total, terms, Gradients(d_hidden, d_unembedding)
 
 

@@ -24,7 +24,8 @@ def losses(terms, rows):
 
 
 def single_pass(layout, x, w, ids, rows):
-    return fused_loss(losses, x, w, ids, rows, temperature=0.8, soft_cap=6.0, layout=layout)[0]
+    options = {"temperature": 0.8, "soft_cap": 6.0, "layout": layout}
+    return fused_loss(losses, x, w, ids, rows, valid=rows > -0.5, **options)[0]
 
 
 def two_pass(layout, x, w, ids, rows):
