@@ -19,13 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dppo_jax.kernels import tiles
 from dppo_jax.kernels.packing import packing
 from dppo_jax.kernels.xla import LEAST_LOG_P, Transform, contract, logits_of, statistics_dtype
 
-# A chunk's logits and their cotangents are the workspace. A sixteenth of the tokens keeps it under
-# a tenth of N x V x 4 bytes (4 + 2 bytes a logit in bfloat16). Each chunk also reads and writes
-# all of dW once, 8VD bytes for 6VD flops a token, so that chunks are as large as that allows.
-CHUNKS = 16
 ROW_TILE = 8  # sublanes of a TPU
 
 
@@ -46,8 +43,8 @@ class Gradients(NamedTuple):
 
 
 def chunk_tokens(tokens: int) -> int:
-    """Tokens of a chunk: CHUNKS nearly equal ones, rounded up to ROW_TILE."""
-    return -(-tokens // (CHUNKS * ROW_TILE)) * ROW_TILE
+    """Tokens of a chunk: as many nearly equal ones as the table says, rounded up to ROW_TILE."""
+    return -(-tokens // (tiles.single_pass_chunks(tiles.target()) * ROW_TILE)) * ROW_TILE
 
 
 def fused_loss_and_grad(

@@ -1,11 +1,16 @@
 """The fused head through libtpu's compiler: does it fit, and is it the work we think it is?"""
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from table import LARGEST_SHARE, line
 
-from dppo_jax.kernels.plan import SHAPES, compile_table
+from dppo_jax.kernels.plan import ENVIRONMENT, SHAPES, compile_table
 
 pytestmark = [
     pytest.mark.tpu_aot,
@@ -17,13 +22,35 @@ pytestmark = [
 @pytest.mark.parametrize("chip", ["v5e", "7x"])
 def test_forward_and_backward_need_a_tenth_of_the_logits_memory(chip):
     tokens, width, vocabulary = SHAPES[-1]
-    forward, both = compile_table((chip,), (SHAPES[-1],))
-    print(line(forward), line(both), sep="\n")
-    for row, units in ((forward, 2), (both, 8)):
+    forms = ("forward", "forward_backward", "single_pass")
+    forward, both, one = compile_table((chip,), (SHAPES[-1],), forms)
+    print(line(forward), line(both), line(one), sep="\n")
+    for row, units in ((forward, 2), (both, 8), (one, 6)):
         assert row["temporary_share"] <= LARGEST_SHARE
         # Chunks of the backward are rounded up to whole tiles; nothing else may be added.
         assert 1 <= row["flops"] / (units * tokens * width * vocabulary) < 1.05
     assert both["temporary_bytes"] > 0
+
+
+def test_on_a_mesh_no_logit_crosses_and_the_matrix_is_gathered_once():
+    """Four chips, (fsdp, tensor) = (2, 2): the collectives of the compiled program."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "sharded.py")],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for found in json.loads(done.stdout):
+        print(found)
+        counts = found["collectives"]
+        # Along D, once; back out as it is stored, once; never in the loop over chunks.
+        assert counts["all-gather"] == counts["reduce-scatter"] == 1
+        assert counts["all-to-all"] == found["looped_gathers"] == 0
+        # Maxima, sums and found logits of tokens; hidden's gradient; the loss.
+        assert 2 <= counts["all-reduce"] <= 6
+        assert found["loops"] and not found["whole_logits"]
 
 
 def test_names_are_checked_before_anything_is_compiled():
