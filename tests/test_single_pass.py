@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from dppo_jax.kernels.head import fused_loss, head
 from dppo_jax.kernels.reference import reference
 from dppo_jax.kernels.single_pass import TokenTerms, chunk_tokens, fused_loss_and_grad
-from dppo_jax.kernels.tiles import single_pass_chunks, target
+from dppo_jax.kernels.tiles import SINGLE_PASS_CHUNKS as CHUNKS
 
 LARGE_VOCABULARY = 151936
-CHUNKS = single_pass_chunks(target())
 
 
 def losses(terms, rows):

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dppo_jax.kernels import tiles
 from dppo_jax.kernels.packing import packing
+from dppo_jax.kernels.tiles import SINGLE_PASS_CHUNKS
 from dppo_jax.kernels.xla import LEAST_LOG_P, Transform, contract, logits_of, statistics_dtype
 
 ROW_TILE = 8  # sublanes of a TPU
@@ -43,8 +43,8 @@ class Gradients(NamedTuple):
 
 
 def chunk_tokens(tokens: int) -> int:
-    """Tokens of a chunk: as many nearly equal ones as the table says, rounded up to ROW_TILE."""
-    return -(-tokens // (tiles.single_pass_chunks(tiles.target()) * ROW_TILE)) * ROW_TILE
+    """Tokens of a chunk: SINGLE_PASS_CHUNKS nearly equal ones, rounded up to ROW_TILE."""
+    return -(-tokens // (SINGLE_PASS_CHUNKS * ROW_TILE)) * ROW_TILE
 
 
 def fused_loss_and_grad(

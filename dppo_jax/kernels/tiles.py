@@ -35,11 +35,9 @@ TILES: dict[str, Tile | None] = {
     "CPU": Tile(32, 256, 16, 16 * MIB),
 }
 # Chunks of tokens of the single pass. A chunk's logits and their cotangents are its workspace: a
-# sixteenth of the tokens keeps it below a tenth of N x V x 4 bytes where the compiler holds one
-# float32 array of it (4 + 2 bytes a logit); for 7x it holds two. More chunks would cost time: each
-# reads and writes all of dW once, 8VD bytes for 6VD flops a token.
-SINGLE_PASS_CHUNKS = {"7x": 24}
-_CHUNKS = 16
+# sixteenth of the tokens keeps it below a tenth of N x V x 4 bytes (4 + 2 bytes a logit). More
+# chunks would cost time: each reads and writes all of dW once, 8VD bytes for 6VD flops a token.
+SINGLE_PASS_CHUNKS = 16
 # A block of W this large takes microseconds to read, long beside the fixed cost of a grid step;
 # a larger one only makes the program longer.
 _BLOCK_BYTES = 4 * MIB
@@ -82,16 +80,8 @@ def target() -> Target:
 
 def largest_tile(target: Target) -> Tile | None:
     """The row of the table for a device; a TPU that is not in it gets v4's, the smallest."""
-    return TILES[_chip(target)]
-
-
-def single_pass_chunks(target: Target) -> int:
-    """Chunks of tokens of the single pass on a device."""
-    return SINGLE_PASS_CHUNKS.get(_chip(target), _CHUNKS)
-
-
-def _chip(target: Target) -> str:
-    return {"cpu": "CPU", "tpu": _KINDS.get(target.kind, "v4")}.get(target.platform, "H100")
+    chip = {"cpu": "CPU", "tpu": _KINDS.get(target.kind, "v4")}.get(target.platform, "H100")
+    return TILES[chip]
 
 
 def vmem_estimate(tile: Tile, width: int, itemsize: int, lanes: int) -> int:
