@@ -4,7 +4,8 @@
 #   bash launch/test.sh [--all] [--python PATH] [options of pytest]
 #
 # --all installs PyTorch, transformers, peft and libtpu too; tests that need them are skipped
-# without it. From plain PyPI, PyTorch brings CUDA along; for the small CPU build set
+# without it. Tests marked slow run with -m slow: every method trains; full-size steps compile.
+# From plain PyPI, PyTorch brings CUDA along; for the small CPU build set
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. With --python the environment is a
 # second one, .venv-VERSION.
 set -euo pipefail
@@ -29,4 +30,4 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 "$folder/bin/ruff" format --check .
 "$folder/bin/ruff" check .
 "$folder/bin/mypy"
-"$folder/bin/python" -m pytest -m "not peer" ${rest[@]+"${rest[@]}"}
+"$folder/bin/python" -m pytest -m "not peer and not slow" ${rest[@]+"${rest[@]}"}
