@@ -289,6 +289,23 @@ def test_no_text_is_an_error(fuzzed):
 def test_extraction_and_plain_forms_take_any_text(one, other):
     find_answer(one + other, ("final", "boxed", "hashes", "answer"))
     if one.strip() and plain(one):
-        assert same(plain(one), plain(one))
         verdict = judged(one, other, places=("whole",), symbolic=False)
         assert verdict.score in (0.0, 1.0)
+
+
+WHOLE = st.integers(-(10**7), 10**7)
+ANSWERS = st.one_of(
+    WHOLE.map(str),
+    WHOLE.map("{:,}".format),
+    st.decimals(-(10**4), 10**4, places=3).map(str),
+    st.tuples(WHOLE, st.integers(1, 99)).map(lambda pair: f"{pair[0]}/{pair[1]}"),
+    st.tuples(WHOLE, WHOLE).map(lambda pair: f"\\dfrac{{{pair[0]}}}{{{pair[1]}}}"),
+    st.integers(0, 9).map(lambda root: f"x = {root}\\sqrt{root}"),
+    st.tuples(WHOLE, WHOLE).map(lambda pair: f"\\left({pair[0]}, {pair[1]}\\right]"),
+    st.integers(0, 99).map(lambda count: f"{count}\\text{{ cm}}^2"),
+)
+
+
+@given(ANSWERS, st.sampled_from(["{}", "${}$", "\\({}\\)", " {}. ", "$${}$$"]))
+def test_the_plain_form_of_an_answer_is_its_own_and_sees_no_wrapper(answer, wrapper):
+    assert plain(plain(answer)) == plain(answer) == plain(wrapper.format(answer))
