@@ -3,6 +3,8 @@
 #
 #   bash launch/test.sh [--all] [--python PATH] [options of pytest]
 #
+# As many processes as there are cores, four at most; -n 0 runs all in one.
+#
 # --all installs PyTorch, transformers, peft and libtpu too; tests that need them are skipped
 # without it. Tests marked slow run with -m slow: every method trains; full-size steps compile.
 # From plain PyPI, PyTorch brings CUDA along; for the small CPU build set
@@ -30,4 +32,5 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 "$folder/bin/ruff" format --check .
 "$folder/bin/ruff" check .
 "$folder/bin/mypy"
-"$folder/bin/python" -m pytest -m "not peer and not slow" ${rest[@]+"${rest[@]}"}
+"$folder/bin/python" -m pytest -m "not peer and not slow" -n auto --maxprocesses 4 --dist loadfile \
+  ${rest[@]+"${rest[@]}"}
