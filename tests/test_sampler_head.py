@@ -131,21 +131,6 @@ def test_frequencies_are_the_recorded_distribution(filters):
     np.testing.assert_allclose(np.exp(out.topk_logp[0]), p[best], rtol=2e-5)
 
 
-def test_the_unfiltered_distribution_can_be_recorded_instead():
-    logits = jax.random.normal(jax.random.key(0), (500, 19)) * 2
-    filters = Filters(top_k=3)
-    plain = draw(logits, jax.random.key(1), 0.9, 5)
-    filtered = draw(logits, jax.random.key(1), 0.9, 5, filters)
-    raw = draw(logits, jax.random.key(1), 0.9, 5, filters, record_unfiltered=True)
-    np.testing.assert_array_equal(raw.token, filtered.token)
-    for name in ("topk_ids", "topk_logp", "entropy"):
-        np.testing.assert_array_equal(getattr(raw, name), getattr(plain, name))
-    logp = jax.nn.log_softmax(logits / 0.9)
-    np.testing.assert_allclose(raw.logp, logp[np.arange(500), raw.token], rtol=1e-6)
-    assert (np.asarray(filtered.topk_logp)[:, 3:] == -np.inf).all()
-    assert (np.asarray(filtered.logp) > np.asarray(raw.logp)).all()
-
-
 @pytest.mark.parametrize("filters", [Filters(), Filters(top_p=0.5)], ids=str)
 def test_temperature_zero_takes_the_first_of_the_most_likely(filters):
     logits = jnp.array([[0.0, 2.0, 2.0, -1.0], [-jnp.inf, -3.0, -4.0, -3.0]])
@@ -169,8 +154,7 @@ def test_the_head_draws_from_float32_logits(dtype, soft_cap):
         logits = soft_cap * np.tanh(logits / soft_cap)
     want = draw(jnp.asarray(logits, jnp.float32), jax.random.key(2), 0.7, 4)
     assert ours.logp.dtype == ours.topk_logp.dtype == ours.entropy.dtype == jnp.float32
-    for a, b in zip(ours, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, want)
 
 
 def test_inverse_cdf_has_the_right_frequencies():

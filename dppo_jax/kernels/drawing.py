@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dppo_jax.kernels.filters import Filters, threshold
+from dppo_jax.kernels.filters import Filters, RowFilters, threshold
 
 
 class Drawn(NamedTuple):
@@ -17,18 +17,27 @@ class Drawn(NamedTuple):
     topk_ids: Int[Array, "B K"]  # most likely first
     topk_logp: Float[Array, "B K"]  # -inf where fewer than K tokens may be sampled
     entropy: Float[Array, " B"]  # nats
+    raw_logp: Float[Array, " B"] | None = None  # of the token; see `rows.draw_rows`
+
+
+def uniforms(key: Array, batch: int) -> Float[Array, "2 B"]:
+    """Two uniform numbers a row, of one key for all or of a key a row."""
+    if key.ndim:
+        return jax.vmap(lambda own: jax.random.uniform(own, (2,)), out_axes=1)(key)
+    return jax.random.uniform(key, (2, batch))
 
 
 def inverse_cdf(p: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
     """Draws an index a row with probability p / sum(p); an index of probability 0 never.
 
     First a block of about √V indices, then an index in it, each with its own uniform number: two
-    random numbers a row instead of V, and a resolution of 2⁻⁴⁶ where one would give 2⁻²³.
+    random numbers a row instead of V, and a resolution of 2⁻⁴⁶ where one would give 2⁻²³. `key` is
+    one for all rows or one a row.
     """
     batch, vocab = p.shape
     width = max(1, int(vocab**0.5))
     blocks = jnp.pad(p, ((0, 0), (0, -vocab % width))).reshape(batch, -1, width)
-    uniform = jax.random.uniform(key, (2, batch))
+    uniform = uniforms(key, batch)
 
     def pick(weights, u):  # the first index whose cumulative weight exceeds u of the total
         cumulative = jnp.cumsum(weights, axis=-1)
@@ -45,29 +54,35 @@ def inverse_cdf(p: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
 def draw(
     logits: Float[Array, "B V"],
     key: Array,
-    temperature: float,
+    temperature: float | Float[Array, " B"],
     top_k_capture: int,
-    filters: Filters = Filters(),  # noqa: B008  frozen
-    *,
-    record_unfiltered: bool = False,
+    filters: Filters | RowFilters = Filters(),  # noqa: B008  frozen
 ) -> Drawn:
     """Samples from softmax(logits / temperature) within `filters`, and records that distribution.
 
-    Temperature 0 takes the most likely token, the first of equals, and records temperature 1.
     What is recorded is the distribution sampled from: zero outside the filters' kept set and
-    renormalised (vLLM's `processed_logprobs`), or, with `record_unfiltered`, the one before the
-    filters, at the same temperature.
+    renormalised (vLLM's `processed_logprobs`). Temperature 0 takes the most likely token, the first
+    of equals, and records temperature 1. Key, temperature and filters are one for all rows, or one
+    a row.
     """
-    z = logits.astype(jnp.float32) / (temperature or 1.0)
-    kept = jnp.where(z >= threshold(z, filters)[:, None], z, -jnp.inf) if filters.on else z
-    recorded = z if record_unfiltered else kept
-    logp = jax.nn.log_softmax(recorded, axis=-1)
+    by_row = isinstance(temperature, Array)
+    divisor = (
+        jnp.where(temperature == 0, 1.0, temperature)[:, None] if by_row else temperature or 1.0
+    )
+    z = logits.astype(jnp.float32) / divisor
+    if isinstance(filters, RowFilters) or filters.on:
+        z = jnp.where(z >= threshold(z, filters)[:, None], z, -jnp.inf)
+    logp = jax.nn.log_softmax(z, axis=-1)
     p = jnp.exp(logp)
-    if temperature:
-        token = inverse_cdf(p if recorded is kept else jnp.where(kept > -jnp.inf, p, 0.0), key)
+    if by_row:
+        token = jnp.where(temperature == 0, _most_likely(logp), inverse_cdf(p, key))
     else:
-        token = jnp.argmax(logp, axis=-1)
+        token = inverse_cdf(p, key) if temperature else _most_likely(logp)
     logp_token = jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
     topk_logp, topk_ids = jax.lax.top_k(logp, top_k_capture)
     entropy = -jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1)
     return Drawn(token, logp_token, topk_ids, topk_logp, entropy)
+
+
+def _most_likely(logp: Float[Array, "B V"]) -> Int[Array, " B"]:
+    return jnp.argmax(logp, axis=-1).astype(jnp.int32)

@@ -7,10 +7,11 @@ backend where a sort of the vocabulary does not.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -47,31 +48,52 @@ class Filters:
         return self != Filters()
 
 
-def threshold(logits: Float[Array, "B V"], filters: Filters) -> Float[Array, " B"]:
+class RowFilters(NamedTuple):
+    """`Filters` of each row; out of their ranges they mean nothing, and nothing checks that."""
+
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+
+
+def threshold(logits: Float[Array, "B V"], filters: Filters | RowFilters) -> Float[Array, " B"]:
     """The least logit that `filters` keep in each row; -inf where they keep all.
 
     `logits` are those that are sampled from, temperature applied, in float32. Masses are float32
     sums: a token whose inclusion depends on the seventh digit of a mass may fall on either side.
+    Of `RowFilters`, a kind that no row has on costs nothing.
     """
     largest = jnp.max(logits, axis=1)
-    least = jnp.full_like(largest, -jnp.inf)
-    if 0 < filters.top_k < logits.shape[1]:
-        least = _highest(
-            lambda t: jnp.sum(logits >= t[:, None], axis=1, dtype=jnp.int32) >= filters.top_k,
-            largest,
+    top_k, top_p, min_p = filters.top_k, filters.top_p, filters.min_p
+
+    def least_of_k() -> Array:
+        return _highest(
+            lambda t: jnp.sum(logits >= t[:, None], axis=1, dtype=jnp.int32) >= top_k, largest
         )
-    if filters.top_p < 1:
+
+    least = _where_on((top_k > 0) & (top_k < logits.shape[1]), least_of_k, largest)
+
+    def nucleus() -> Array:
         mass = jnp.exp(logits - largest[:, None])
         mass = jnp.where(logits >= least[:, None], mass, 0.0)
-        enough = filters.top_p * jnp.sum(mass, axis=1)
-        nucleus = _highest(
+        enough = top_p * jnp.sum(mass, axis=1)
+        return _highest(
             lambda t: jnp.sum(jnp.where(logits >= t[:, None], mass, 0.0), axis=1) >= enough,
             largest,
         )
-        least = jnp.maximum(least, nucleus)
-    if filters.min_p > 0:
-        least = jnp.maximum(least, largest + jnp.log(jnp.float32(filters.min_p)))
-    return least
+
+    least = jnp.maximum(least, _where_on(top_p < 1, nucleus, largest))
+    return jnp.maximum(least, largest + jnp.log(jnp.float32(min_p)))
+
+
+def _where_on(
+    on: bool | Bool[Array, " B"], compute: Callable[[], Array], like: Float[Array, " B"]
+) -> Float[Array, " B"]:
+    """compute() in the rows that are on, -inf in the others; not computed where none is."""
+    off = jnp.full_like(like, -jnp.inf)
+    if not isinstance(on, Array):
+        return compute() if on else off
+    return lax.cond(jnp.any(on), lambda: jnp.where(on, compute(), off), lambda: off)
 
 
 def _highest(

@@ -3,11 +3,12 @@
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dppo_jax.kernels import tiles
 from dppo_jax.kernels.drawing import Drawn, draw
 from dppo_jax.kernels.filters import Filters
+from dppo_jax.kernels.rows import RowSampling, draw_rows
 from dppo_jax.kernels.streamed_sampler import streamed
 
 # From here the copies of B x V that `draw` makes take as long as reading the matrix on a TPU.
@@ -23,7 +24,6 @@ def sample(
     top_k_capture: int,
     filters: Filters = Filters(),  # noqa: B008  frozen
     soft_cap: float | None = None,
-    record_unfiltered: bool = False,
     form: Literal["plain", "streamed"] | None = None,
 ) -> Drawn:
     """A token a row from softmax(z), z = soft_cap * tanh(x.w / soft_cap) / temperature.
@@ -54,9 +54,27 @@ def sample(
         return drawn
     if form != "plain":
         raise ValueError(f"unknown form {form!r} of the sampler's head; known: plain, streamed")
+    return draw(_logits(hidden, unembedding, soft_cap), key, temperature, top_k_capture, filters)
+
+
+def sample_rows(
+    hidden: Float[Array, "B D"],
+    unembedding: Float[Array, "V D"],
+    rows: RowSampling,
+    position: Int[Array, " B"],
+    history: Int[Array, "B H"] | None,
+    *,
+    top_k_capture: int,
+    soft_cap: float | None = None,
+    raw_logp: bool = False,
+) -> Drawn:
+    """`sample` with each row's own parameters; `rows.draw_rows` says what they do."""
+    logits = _logits(hidden, unembedding, soft_cap)
+    return draw_rows(logits, rows, position, history, top_k_capture, raw_logp=raw_logp)
+
+
+def _logits(
+    hidden: Float[Array, "B D"], unembedding: Float[Array, "V D"], soft_cap: float | None
+) -> Float[Array, "B V"]:
     logits = jnp.dot(hidden, unembedding.T, preferred_element_type=jnp.float32)
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
-    return draw(
-        logits, key, temperature, top_k_capture, filters, record_unfiltered=record_unfiltered
-    )
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
