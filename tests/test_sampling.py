@@ -175,7 +175,7 @@ def test_growing_the_cache_changes_nothing(tiny, prompts, monkeypatch):
     settings = SamplingConfig(max_new_tokens=9, samples_per_prompt=2, top_k_capture=4)
     once = generate(*tiny, prompts, jax.random.key(2), settings=settings)
     monkeypatch.setattr(generate_module, "SMALLEST_STAGE", 2)
-    assert generate_module._stages(9) == [3, 6, 9]
+    assert generate_module.stages(9) == [3, 6, 9]
     # A fresh function object: jit would return the program of the one stage.
     staged = jax.jit(generate.__wrapped__, static_argnames=("model", "settings"))(
         *tiny, prompts, jax.random.key(2), settings=settings

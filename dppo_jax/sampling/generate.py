@@ -6,7 +6,7 @@ log-probabilities, the entropy, an explicit mask, and why each sequence ended.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -152,7 +152,7 @@ def _grown(cache: LayerCache, room: int) -> LayerCache:
     return cache._replace(response_k=grow(cache.response_k), response_v=grow(cache.response_v))
 
 
-def _stages(length: int) -> list[int]:
+def stages(length: int) -> list[int]:
     """Cache sizes to grow through: attention reads the whole cache at every token, so one that
     grows in four steps is read 5/8 as much. Each size compiles the loop once more."""
     size = max(SMALLEST_STAGE, -(-length // 4))
@@ -194,15 +194,10 @@ class _Progress(NamedTuple):
     mask: Bool[Array, "T B"]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings"))
-def generate(
-    model: Model, params: Params, prompts: Prompts, key: Array, *, settings: SamplingConfig
-) -> Rollout:
-    """Samples `settings.samples_per_prompt` responses to each prompt.
-
-    Stops when every sequence has sampled an end token or max_new_tokens is reached. Column t of the
-    batch is drawn with fold_in(key, t).
-    """
+def _columns(
+    model: Model, params: Params, prompts: Prompts, key: Array, settings: SamplingConfig
+) -> tuple[Callable[[], _Progress], Callable[[_Progress], _Progress]]:
+    """How the first column is drawn, by the prompts, and each of the others, after the last."""
     decoder = model.bind(params)
     graphdef, stacked = nnx.split(decoder.blocks)
     # One slice a layer before the loop, so that the loop reads weights and copies none.
@@ -212,7 +207,6 @@ def generate(
     ]
     unembedding = decoder.unembedding_matrix()
     samples, length = settings.samples_per_prompt, settings.max_new_tokens
-    hidden, caches = _prefill(decoder, prompts, samples)
     prompt_lengths = jnp.repeat(positions_of(prompts.mask)[:, -1] + 1, samples)
     tables = rope_tables(model.config, prompts.tokens.shape[1] + length)
     batch, end_ids = len(prompt_lengths), jnp.asarray(settings.end_ids, jnp.int32)
@@ -259,19 +253,68 @@ def generate(
         topk_logp=room(stored, jnp.float32),
         entropy=room((), jnp.float32),
     )
-    progress = draw_column(
-        jnp.repeat(hidden, samples, axis=0),
-        _Progress(jnp.int32(0), caches, jnp.ones((batch,), bool), record, room((), bool)),
-    )
-    for end in _stages(length):
-        progress = progress._replace(caches=[_grown(cache, end) for cache in progress.caches])
-        # Drawing column t reads a cache of t columns: columns up to `end` fit this stage.
-        last = min(end + 1, length)
 
-        def unfinished(p: _Progress, last: int = last) -> Bool[Array, ""]:
-            return (p.step < last) & jnp.any(p.active)
+    def first() -> _Progress:
+        hidden, caches = _prefill(decoder, prompts, samples)
+        return draw_column(
+            jnp.repeat(hidden, samples, axis=0),
+            _Progress(jnp.int32(0), caches, jnp.ones((batch,), bool), record, room((), bool)),
+        )
 
-        progress = jax.lax.while_loop(unfinished, advance, progress)
+    return first, advance
+
+
+def _stage(
+    advance: Callable[[_Progress], _Progress], progress: _Progress, end: int, length: int
+) -> _Progress:
+    """Draws columns until the cache has `end` of them or every sequence has ended."""
+    progress = progress._replace(caches=[_grown(cache, end) for cache in progress.caches])
+    # Drawing column t reads a cache of t columns: columns up to `end` fit this stage.
+    last = min(end + 1, length)
+
+    def unfinished(p: _Progress) -> Bool[Array, ""]:
+        return (p.step < last) & jnp.any(p.active)
+
+    return jax.lax.while_loop(unfinished, advance, progress)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
+def prefill(
+    model: Model, params: Params, prompts: Prompts, key: Array, *, settings: SamplingConfig
+) -> _Progress:
+    """The beginning of `generate`, a program of its own for `dppo plan`: the first column drawn."""
+    first, _ = _columns(model, params, prompts, key, settings)
+    return first()
+
+
+@functools.partial(jax.jit, static_argnames=("model", "settings"), donate_argnames="progress")
+def last_stage(
+    model: Model,
+    params: Params,
+    prompts: Prompts,
+    key: Array,
+    progress: _Progress,
+    *,
+    settings: SamplingConfig,
+) -> _Progress:
+    """The end of `generate`, likewise: the columns that are drawn with the cache at its largest."""
+    _, advance = _columns(model, params, prompts, key, settings)
+    return _stage(advance, progress, settings.max_new_tokens, settings.max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
+def generate(
+    model: Model, params: Params, prompts: Prompts, key: Array, *, settings: SamplingConfig
+) -> Rollout:
+    """Samples `settings.samples_per_prompt` responses to each prompt.
+
+    Stops when every sequence has sampled an end token or max_new_tokens is reached. Column t of the
+    batch is drawn with fold_in(key, t).
+    """
+    first, advance = _columns(model, params, prompts, key, settings)
+    progress = first()
+    for end in stages(settings.max_new_tokens):
+        progress = _stage(advance, progress, end, settings.max_new_tokens)
     by_row = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), progress.record)
     return Rollout(
         prompt_tokens=prompts.tokens,
