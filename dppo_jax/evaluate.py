@@ -139,7 +139,7 @@ class Evaluator:
             settings = dataclasses.replace(each.sampling or sampling, end_ids=(tokenizer.end_id,))
             settings.check(model.config.vocab_size)
             batch = each.prompts_per_batch or prompts_per_batch
-            check_divides(mesh, ("data", "fsdp"), {f"prompts_per_batch of {name}": batch})
+            check_divides(mesh, "batch", {f"prompts_per_batch of {name}": batch})
             self._sets[name] = dataclasses.replace(
                 each,
                 sampling=settings,

@@ -51,27 +51,31 @@ def check_sizes(
         )
     check_divides(
         mesh,
-        ("data", "fsdp"),
+        "batch",
         {
             "prompts_per_step": prompts_per_step,
             "prompts of a microbatch": prompts_per_step // (minibatches * microbatches),
         },
     )
+    if mesh.shape["expert"] > 1 and not model.experts:
+        raise ValueError(
+            f"the mesh has expert={mesh.shape['expert']}, the model no experts: give its devices "
+            "to fsdp"
+        )
     _check_model_divides(model, mesh)
 
 
 def _check_model_divides(model: DecoderConfig, mesh: Mesh) -> None:
-    check_divides(mesh, ("fsdp",), {"width": model.width})
-    check_divides(
-        mesh,
-        ("tensor",),
-        {
-            "vocab_size": model.vocab_size,
-            "heads": model.heads,
-            "kv_heads": model.kv_heads,
-            "mlp_width": model.mlp_width,
-        },
-    )
+    """Key-value heads are never copied: `tensor` is at most their number."""
+    for axis, sizes in (
+        ("embed", {"width": model.width}),
+        ("vocab", {"vocab_size": model.vocab_size}),
+        ("heads", {"heads": model.heads}),
+        ("kv_heads", {"kv_heads": model.kv_heads}),
+        ("mlp", {"mlp_width": model.mlp_width}),
+        ("experts", {"experts": model.experts}),
+    ):
+        check_divides(mesh, axis, sizes)
 
 
 def check_needs(

@@ -4,91 +4,220 @@ Parameters carry logical names (`models.decoder.Block`); activations are constra
 names through `constrain`. Without a mesh everything here is the identity.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dppo_jax.kernels.sharded import Layout
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# From the axis that communicates least to the one that communicates most: neighbours in the last
+# are neighbours on the torus.
+MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
-# What a parameter's or an activation's logical axis is split over.
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "experts": None,
-    "layers": None,
+_ROWS = ("data", "fsdp", "expert")  # split prompts and sequences
+_STORE = ("fsdp", "expert", "sequence")  # split what is stored, and is whole while in use
+
+View = Literal["parameters", "compute", "decode"]
+
+
+class Rule(NamedTuple):
+    """The mesh axes of one logical axis, in each of the three views.
+
+    An axis that another dimension of the same array has taken is left out.
+    """
+
+    parameters: tuple[str, ...] = ()  # as stored, with gradients and optimizer state
+    compute: tuple[str, ...] = ()  # prefill, scoring, update: weights are gathered layer by layer
+    decode: tuple[str, ...] = ()  # one token a sequence: weights stay, activations travel
+
+
+RULES: dict[str, Rule] = {
+    # of parameters
+    "embed": Rule(_STORE, (), _STORE),
+    "vocab": Rule(("tensor",), ("tensor",), ("tensor",)),
+    "heads": Rule(("tensor",), ("tensor",), ("tensor",)),
+    "kv_heads": Rule(("tensor",), ("tensor",), ("tensor",)),
+    "mlp": Rule(("tensor",), ("tensor",), ("tensor",)),
+    "experts": Rule(("expert",), ("expert",), ("expert",)),
+    "layers": Rule(),
+    # of activations
+    "batch": Rule(_ROWS, _ROWS, (*_ROWS, "sequence")),  # prompts or sequences
+    "columns": Rule((), ("sequence",), ()),  # of one sequence
+    "tokens": Rule((), (*_ROWS, "sequence"), ("data",)),  # flattened, into matrix products
+    "queries": Rule((), (*_ROWS, "sequence"), (*_ROWS, "sequence")),  # flattened, in attention
+    "width": Rule((), (), _STORE),  # of the residual stream
 }
+
+_view: ContextVar[View] = ContextVar("view", default="compute")
+
+
+@contextmanager
+def viewed(view: View) -> Iterator[None]:
+    """What is traced inside follows this view of the rules."""
+    token = _view.set(view)
+    try:
+        yield
+    finally:
+        _view.reset(token)
+
+
+def current_view() -> View:
+    """The view that `constrain` follows."""
+    return _view.get()
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one axis may be -1, "all that remain"."""
+    """Devices along each mesh axis; one axis may be -1, "all that remain".
+
+    data: rows of the batch, everything else a copy. fsdp: rows, and storage of parameters and
+    optimizer state. tensor: heads, MLPs and vocabulary. expert: rows, and the experts of a mixture.
+    sequence: the columns of long sequences. `slices` of TPUs (0: as many as the devices say) are
+    joined by `data`, then by `fsdp`: the other axes stay on a slice's own interconnect.
+    """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    expert: int = 1
+    sequence: int = 1
+    slices: int = 0
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = self._asked.values()
         if sum(size == -1 for size in sizes) > 1 or any(s == 0 or s < -1 for s in sizes):
             raise ValueError(f"mesh {self}: sizes are positive, and at most one is -1")
+        if self.slices < 0:
+            raise ValueError(f"mesh {self}: slices is positive, or 0 to ask the devices")
+
+    @property
+    def _asked(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """The size of every axis over this many devices; ValueError where they do not fit."""
+        sizes = self._asked
+        known = math.prod(size for size in sizes.values() if size > 0)
+        for axis, size in sizes.items():
+            if size == -1 and devices % known == 0:
+                sizes[axis] = devices // known
+        if math.prod(sizes.values()) != devices:
+            asked = " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n != 1) or "of 1"
+            raise ValueError(
+                f"mesh {asked} does not fit {devices} devices: "
+                "set the mesh sizes so that their product is the number of devices"
+            )
+        return sizes
 
     def build(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over `devices` (all of them by default)."""
         devices = jax.devices() if devices is None else devices
-        sizes = [self.data, self.fsdp, self.tensor]
-        known = int(np.prod([size for size in sizes if size > 0]))
-        if -1 in sizes and len(devices) % known == 0:
-            sizes[sizes.index(-1)] = len(devices) // known
-        if np.prod(sizes) != len(devices):
-            asked = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes, strict=True))
+        return Mesh(self.arrange(devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+    def arrange(self, devices: Sequence[Any]) -> np.ndarray:
+        """The devices in the order of the mesh: near each other where the axes talk most."""
+        sizes = self.sizes(len(devices))
+        shape = tuple(sizes.values())
+        count, by_process = self._slices(devices)
+        if count == 1:
+            return _on_torus(lambda **split: mesh_utils.create_device_mesh(shape, devices, **split))
+        outer = dict.fromkeys(MESH_AXES, 1)
+        outer["data"] = math.gcd(count, sizes["data"])
+        outer["fsdp"] = count // outer["data"]
+        if sizes["fsdp"] % outer["fsdp"]:
             raise ValueError(
-                f"mesh {asked} does not fit {len(devices)} devices: "
-                "set the mesh sizes so that their product is the number of devices"
+                f"data={sizes['data']} x fsdp={sizes['fsdp']} do not spread over {count} slices: "
+                f"make one of them a multiple of {count}"
             )
-        return jax.make_mesh(
-            tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+        inner = tuple(sizes[axis] // outer[axis] for axis in MESH_AXES)
+        return _on_torus(
+            lambda **split: mesh_utils.create_hybrid_device_mesh(
+                inner, tuple(outer.values()), devices, process_is_granule=by_process, **split
+            )
         )
 
+    def _slices(self, devices: Sequence[Any]) -> tuple[int, bool]:
+        """How many slices the devices are, and whether each is a process's."""
+        found = len({getattr(device, "slice_index", 0) for device in devices})
+        if not self.slices:
+            return (found if devices[0].platform == "tpu" else 1), False
+        processes = len({device.process_index for device in devices})
+        if self.slices not in (1, found, processes) or (self.slices == 1 < found):
+            raise ValueError(
+                f"slices={self.slices}, but the devices are of {found} slices and {processes} "
+                "processes: set MeshConfig.slices to 0"
+            )
+        return self.slices, self.slices != found
 
-def spec_of(logical_axes: Sequence[str | None]) -> PartitionSpec:
+
+def _on_torus(arrange: Any) -> np.ndarray:
+    """An arrangement that splits no physical axis of the torus, where there is one."""
+    try:
+        return arrange()
+    except NotImplementedError:
+        return arrange(allow_split_physical_axes=True)
+
+
+def axes_of(logical_axis: str, mesh: Mesh | AbstractMesh, view: View) -> tuple[str, ...]:
+    """The mesh axes of more than one device that split a logical axis; the mesh may lack some."""
+    rule = getattr(RULES[logical_axis], view)
+    return tuple(axis for axis in rule if mesh.shape.get(axis, 1) > 1)
+
+
+def spec_of(
+    logical_axes: Sequence[str | None],
+    mesh: Mesh | AbstractMesh,
+    view: View = "parameters",
+    shape: Sequence[int] | None = None,
+) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions have these logical names.
 
-    In the form that jitted programs give back, without None at the end, so that the two compare
-    equal.
+    In the form that jitted programs give back, without axes of one device and without None at the
+    end, so that the two compare equal. Given the array's `shape`, the last mesh axes of a dimension
+    that they do not divide are left out.
     """
-    parts = [RULES[axis] if axis else None for axis in logical_axes]
+    taken: set[str] = set()
+    parts: list[Any] = []
+    for place, logical in enumerate(logical_axes):
+        axes = axes_of(logical, mesh, view) if logical else ()
+        axes = tuple(axis for axis in axes if axis not in taken)
+        while shape and shape[place] % math.prod(mesh.shape[axis] for axis in axes):
+            axes = axes[:-1]
+        taken |= set(axes)
+        parts.append(axes[0] if len(axes) == 1 else axes or None)
     while parts and parts[-1] is None:
         parts.pop()
     return PartitionSpec(*parts)
 
 
 def shardings_of(logical_axes: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a pytree of logical-axis tuples (`Model.logical_axes`)."""
+    """NamedShardings for a pytree of logical-axis tuples (`Model.logical_axes`), as stored."""
     return jax.tree.map(
-        lambda axes: NamedSharding(mesh, spec_of(axes)),
+        lambda axes: NamedSharding(mesh, spec_of(axes, mesh)),
         logical_axes,
         is_leaf=lambda node: isinstance(node, tuple),
     )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the data axes, everything else whole."""
-    return NamedSharding(mesh, spec_of(("batch",)))
+    """Rows split over the axes that split batches, everything else whole."""
+    return NamedSharding(mesh, spec_of(("batch",), mesh))
 
 
-def check_divides(mesh: Mesh, axes: Sequence[str], sizes: dict[str, int]) -> None:
-    """Raises ValueError naming the first size that the mesh axes do not divide."""
-    shards = int(np.prod([mesh.shape[axis] for axis in axes]))
+def check_divides(
+    mesh: Mesh, logical_axis: str, sizes: Mapping[str, int], view: View = "parameters"
+) -> None:
+    """Raises ValueError naming the first size that the rule's mesh axes do not divide."""
+    axes = axes_of(logical_axis, mesh, view)
+    shards = math.prod(mesh.shape[axis] for axis in axes)
     for name, size in sizes.items():
         if size % shards:
             asked = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
@@ -101,16 +230,25 @@ def check_divides(mesh: Mesh, axes: Sequence[str], sizes: dict[str, int]) -> Non
 def head_layout() -> Layout | None:
     """How hidden states and unembedding lie on the mesh that is set; None on a single device.
 
-    RULES of "batch", "vocab" and "embed".
+    RULES of "tokens", "vocab" and "embed".
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return None
-    return Layout(tokens=("data", "fsdp"), vocabulary="tensor", width="fsdp")
+    vocabulary = axes_of("vocab", mesh, "compute")
+    return Layout(
+        tokens=axes_of("tokens", mesh, "compute"),
+        vocabulary=vocabulary[0] if vocabulary else None,
+        width=axes_of("embed", mesh, "parameters"),
+    )
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Pins an activation's sharding inside jit, where a mesh is set (`jax.set_mesh`)."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins an activation's sharding inside jit, where a mesh is set (`jax.set_mesh`).
+
+    By the view that is current (`viewed`). Mesh axes that do not divide a dimension leave it alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec_of(logical_axes))
+    return jax.lax.with_sharding_constraint(x, spec_of(logical_axes, mesh, current_view(), x.shape))

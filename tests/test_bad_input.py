@@ -13,7 +13,7 @@ from dppo_jax.preflight import check_sizes
 from dppo_jax.prompts.arithmetic import ALPHABET
 from dppo_jax.prompts.tokenizers import train_sentencepiece
 from dppo_jax.sampling.generate import SamplingConfig
-from dppo_jax.sharding import MESH_AXES, MeshConfig
+from dppo_jax.sharding import MESH_AXES
 
 RECIPES = [
     ("misspelt macro", ["--gin.SETPS=3"], "did you mean STEPS"),
@@ -203,36 +203,36 @@ def check(tokenizer, sizes, **change):
     """`train`'s own check on a mesh of these sizes, model sizes by name."""
     arguments = FITTING | {k: v for k, v in change.items() if k in FITTING}
     model = dict(vars(FITTING["model"])) | {k: v for k, v in change.items() if k not in FITTING}
-    mesh = Mesh(np.full(sizes, jax.devices()[0]), MESH_AXES)  # the check reads only its shape
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    mesh = Mesh(np.full(shape, jax.devices()[0]), MESH_AXES)  # the check reads only its shape
     sized = arguments | {"model": DecoderConfig(**model), "steps": 1}
     check_sizes(**sized, tokenizer=tokenizer, mesh=mesh)
 
 
 def test_meshes_that_fit(tokenizer):
-    for sizes in ((1, 1, 1), (2, 4, 2), (1, 8, 1), (16, 1, 1)):
+    for sizes in ({}, dict(data=2, fsdp=4, tensor=2), dict(fsdp=8), dict(data=16)):
         check(tokenizer, sizes)
+    check(tokenizer, dict(fsdp=2, expert=4), experts=8, experts_per_token=2)
 
 
 @pytest.mark.parametrize(
     ("sizes", "change", "message"),
     [
-        ((1, 3, 1), {}, "prompts_per_step=64 is not divisible by the mesh's data=1 x fsdp=3"),
-        ((2, 8, 1), dict(microbatches=8), "prompts of a microbatch=4 is not divisible"),
-        ((1, 8, 1), dict(width=12), "width=12 is not divisible by the mesh's fsdp=8"),
-        ((1, 1, 4), {}, "kv_heads=2 is not divisible by the mesh's tensor=4"),
-        ((1, 1, 2), dict(mlp_width=33), "mlp_width=33 is not divisible"),
-        ((1, 1, 2), dict(vocab_size=17), "vocab_size=17 is not divisible"),
+        (dict(data=2, fsdp=3), {}, "prompts_per_step=64 is not divisible by the mesh's data=2 x f"),
+        (dict(data=2, fsdp=8), dict(microbatches=8), "prompts of a microbatch=4 is not divisible"),
+        (dict(fsdp=8), dict(width=12), "width=12 is not divisible by the mesh's fsdp=8"),
+        (dict(tensor=4), {}, "kv_heads=2 is not divisible by the mesh's tensor=4"),
+        (dict(tensor=2), dict(mlp_width=33), "mlp_width=33 is not divisible"),
+        (dict(tensor=2), dict(vocab_size=17), "vocab_size=17 is not divisible"),
+        (dict(expert=2), {}, "the mesh has expert=2, the model no experts"),
+        (
+            dict(expert=4),
+            dict(experts=6, experts_per_token=2),
+            "experts=6 is not divisible by the mesh's expert=4",
+        ),
     ],
 )
 def test_meshes_that_do_not_divide(tokenizer, sizes, change, message):
     with pytest.raises(ValueError, match=message) as error:
         check(tokenizer, sizes, **change)
     assert "\n" not in str(error.value)
-
-
-def test_sizes_of_a_mesh():
-    devices = [None] * 8
-    with pytest.raises(ValueError, match="data=3 x fsdp=-1 x tensor=1 does not fit 8 devices"):
-        MeshConfig(data=3).build(devices)
-    with pytest.raises(ValueError, match="at most one is -1"):
-        MeshConfig(data=-1)

@@ -28,7 +28,12 @@ class Layout(NamedTuple):
 
     tokens: tuple[str, ...]  # split the N tokens
     vocabulary: str | None  # splits the V rows of the unembedding
-    width: str | None  # splits the stored unembedding along D
+    width: str | tuple[str, ...] | None  # split the stored unembedding along D
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """The axes of `width`."""
+        return (self.width,) if isinstance(self.width, str) else self.width or ()
 
     @property
     def rows(self) -> PartitionSpec:
@@ -43,7 +48,7 @@ class Layout(NamedTuple):
     @property
     def stored(self) -> PartitionSpec:
         """Of the unembedding as it is stored, and of its gradient."""
-        return PartitionSpec(self.vocabulary, self.width)
+        return PartitionSpec(self.vocabulary, self.stores or None)
 
     def shift(self, ids: Array, shard_rows: int) -> Array:
         """The ids of this device's shard, counted from its first row; negative where it has not."""
@@ -54,15 +59,17 @@ class Layout(NamedTuple):
 
     def reduce_matrix(self, gradient: Float[Array, "V D"]) -> Float[Array, "V d"]:
         """The sum over the devices' tokens, of which each keeps what it stores."""
-        summed = [axis for axis in self.tokens if axis != self.width]
+        summed = [axis for axis in self.tokens if axis not in self.stores]
         if summed:
             gradient = lax.psum(gradient, tuple(summed))
-        if self.width is None:
-            return gradient
-        if self.width in self.tokens:
-            return lax.psum_scatter(gradient, self.width, scatter_dimension=1, tiled=True)
-        mine = gradient.shape[1] // lax.axis_size(self.width)
-        return lax.dynamic_slice_in_dim(gradient, lax.axis_index(self.width) * mine, mine, axis=1)
+        for axis in self.stores:
+            if axis in self.tokens:
+                gradient = lax.psum_scatter(gradient, axis, scatter_dimension=1, tiled=True)
+            else:
+                mine = gradient.shape[1] // lax.axis_size(axis)
+                start = lax.axis_index(axis) * mine
+                gradient = lax.dynamic_slice_in_dim(gradient, start, mine, axis=1)
+        return gradient
 
     def check(self, tokens: int, vocabulary: int, width: int) -> None:
         """Raises ValueError naming what the mesh does not divide."""
@@ -70,7 +77,7 @@ class Layout(NamedTuple):
         for name, size, axes in (
             ("tokens N", tokens, self.tokens),
             ("the vocabulary V", vocabulary, (self.vocabulary,)),
-            ("the width D", width, (self.width,)),
+            ("the width D", width, self.stores),
         ):
             for axis in axes:
                 if axis is not None and axis not in mesh.shape:

@@ -34,9 +34,11 @@ def norm_scale(config: DecoderConfig, size: int):
 
 
 def gathered(param: nnx.Param) -> Array:
-    """A parameter for use: whole along `embed`, which only its storage splits (FSDP)."""
-    axes = (None if axis == "embed" else axis for axis in param.axes)
-    return constrain(param[...], *axes)
+    """A parameter for use: whole along `embed`, which only its storage splits (FSDP).
+
+    In the decode view it stays as it is stored.
+    """
+    return constrain(param[...], *param.axes)
 
 
 def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float):
@@ -88,7 +90,10 @@ class Block(nnx.Module):
         """q [N, heads, d], and k, v [N, kv_heads, d], rotated to their positions."""
         c = self.config
         y = normed(c, x, self.attention_norm)
-        q, k, v = (y @ gathered(w).astype(y.dtype) for w in (self.q, self.k, self.v))
+        q, k, v = (
+            constrain(y @ gathered(w).astype(y.dtype), "queries", w.axes[-1])
+            for w in (self.q, self.k, self.v)
+        )
         if c.qkv_bias:
             q, k, v = (
                 t + b[...].astype(t.dtype)
@@ -102,7 +107,8 @@ class Block(nnx.Module):
     def finish(self, x: Float[Array, "N D"], attended: Float[Array, "N HD"]):
         """The residual stream after the attention's projection and the MLP."""
         c = self.config
-        out = attended @ gathered(self.o).astype(x.dtype)
+        attended = constrain(attended, "tokens", "heads")
+        out = constrain(attended @ gathered(self.o).astype(x.dtype), "tokens", "width")
         if c.post_norms:
             out = normed(c, out, self.post_attention_norm)
         x = x + out
@@ -118,5 +124,9 @@ class Block(nnx.Module):
             gates, chosen = route(y, gathered(self.router), c.experts_per_token, c.normalised_gates)
             gate, up, down = (gathered(w) for w in (self.gate, self.up, self.down))
             return expert_mlps_on_mesh(y, gates, chosen, gate, up, down, activation)
-        gate, up = (y @ gathered(w).astype(y.dtype) for w in (self.gate, self.up))
-        return (activation(gate) * up) @ gathered(self.down).astype(y.dtype)
+        gate, up = (
+            constrain(y @ gathered(w).astype(y.dtype), "tokens", "mlp")
+            for w in (self.gate, self.up)
+        )
+        out = (activation(gate) * up) @ gathered(self.down).astype(y.dtype)
+        return constrain(out, "tokens", "width")

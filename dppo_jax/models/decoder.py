@@ -125,11 +125,11 @@ def _run_layers(
         q, k, v = block.queries_keys_values(x, rope)
         q, k, v = (t.reshape(*tokens.shape, *t.shape[1:]) for t in (q, k, v))
         x = block.finish(x, attend(q, k, v, window).reshape(len(x), -1))
-        return constrain(x, "batch", None), (k, v)
+        return constrain(x, "tokens", "width"), (k, v)
 
     if c.remat:
         layer = jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, c.remat_policy))
-    x = constrain(decoder.embed(tokens.reshape(-1)), "batch", None)
+    x = constrain(decoder.embed(tokens.reshape(-1)), "tokens", "width")
     # XLA's CPU backend copies every stacked residual of a rolled loop; a few layers unroll.
     unroll = c.layers if c.layers <= 8 else 1
     x, keys_values = jax.lax.scan(layer, x, (stacked, kinds), unroll=unroll)

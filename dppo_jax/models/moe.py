@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dppo_jax.sharding import RULES
+from dppo_jax.sharding import spec_of
 
 
 def route(
@@ -68,12 +67,13 @@ def expert_mlps_on_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return expert_mlps(y, gates, chosen, gate, up, down, activation)
-    rows, inner = PartitionSpec(RULES["batch"], None), RULES["mlp"]
-    into, out = PartitionSpec(None, None, inner), PartitionSpec(None, inner, None)
+    rows = spec_of(("tokens",), mesh, "compute")
+    into = spec_of((None, None, "mlp"), mesh, "compute")
+    out = spec_of((None, "mlp"), mesh, "compute")
 
     def local(y, gates, chosen, gate, up, down):
         part = expert_mlps(y, gates, chosen, gate, up, down, activation)
-        return jax.lax.psum(part, inner)
+        return jax.lax.psum(part, "tensor")
 
     split = jax.shard_map(local, in_specs=(rows, rows, rows, into, into, out), out_specs=rows)
     return split(y, gates, chosen, gate, up, down)

@@ -31,7 +31,7 @@ from dppo_jax.models.decoder import (
 )
 from dppo_jax.models.rope import Rope
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
-from dppo_jax.sharding import constrain
+from dppo_jax.sharding import constrain, viewed
 
 SMALLEST_STAGE = 32  # response tokens
 
@@ -170,7 +170,7 @@ def _decode(
 ):
     """Runs the tokens of one response column through every layer: their hidden state [B, D]."""
     c = decoder.config
-    x = constrain(decoder.embed(tokens), "batch", None)
+    x = constrain(decoder.embed(tokens), "tokens", "width")
     new_caches = []
     for block, cache, window in zip(blocks, caches, c.windows, strict=True):
         q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
@@ -231,15 +231,17 @@ def _columns(
 
     def advance(progress: _Progress) -> _Progress:
         column = progress.step - 1
-        hidden, caches = _decode(
-            decoder,
-            blocks,
-            progress.caches,
-            progress.record.token[column],
-            column,
-            prompts.mask,
-            [(cos[prompt_lengths + column], sin[prompt_lengths + column]) for cos, sin in tables],
-        )
+        positions = prompt_lengths + column
+        with viewed("decode"):
+            hidden, caches = _decode(
+                decoder,
+                blocks,
+                progress.caches,
+                progress.record.token[column],
+                column,
+                prompts.mask,
+                [(cos[positions], sin[positions]) for cos, sin in tables],
+            )
         return draw_column(hidden, progress._replace(caches=caches))
 
     def room(shape, dtype):
