@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.moe import expert_mlps_on_mesh, route
 from dppo_jax.models.rope import Rope, rotate
@@ -55,9 +56,9 @@ def normed(config: DecoderConfig, x: Float[Array, "*N D"], weight: nnx.Param):
 
 
 class Block(nnx.Module):
-    """One layer, on flat activations [tokens, width]."""
+    """One layer, on flat activations [tokens, width]; with adapters where `lora` says so."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None = None):
         c = config
         into, out = c.width**-0.5, (2 * c.layers) ** -0.5
         queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
@@ -85,14 +86,25 @@ class Block(nnx.Module):
         if c.post_norms:
             self.post_attention_norm = norm_scale(c, c.width)
             self.post_mlp_norm = norm_scale(c, c.width)
+        self.lora = lora
+        if lora is not None:
+            for name in (n for n in lora.names if n != "unembedding"):
+                weight = getattr(self, name)
+                add_adapter(self, name, weight.shape, weight.axes, lora, rngs)
+
+    def _product(self, x: Float[Array, "N I"], name: str) -> Float[Array, "N O"]:
+        """x times the named matrix, and what its adapter adds."""
+        out = x @ gathered(getattr(self, name)).astype(x.dtype)
+        adapter = adapter_of(self, name)
+        return out if adapter is None else out + adapter(x)
 
     def queries_keys_values(self, x: Float[Array, "N D"], rope: Rope):
         """q [N, heads, d], and k, v [N, kv_heads, d], rotated to their positions."""
         c = self.config
         y = normed(c, x, self.attention_norm)
         q, k, v = (
-            constrain(y @ gathered(w).astype(y.dtype), "queries", w.axes[-1])
-            for w in (self.q, self.k, self.v)
+            constrain(self._product(y, name), "queries", axis)
+            for name, axis in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))
         )
         if c.qkv_bias:
             q, k, v = (
@@ -108,7 +120,7 @@ class Block(nnx.Module):
         """The residual stream after the attention's projection and the MLP."""
         c = self.config
         attended = constrain(attended, "tokens", "heads")
-        out = constrain(attended @ gathered(self.o).astype(x.dtype), "tokens", "width")
+        out = constrain(self._product(attended, "o").astype(x.dtype), "tokens", "width")
         if c.post_norms:
             out = normed(c, out, self.post_attention_norm)
         x = x + out
@@ -123,10 +135,8 @@ class Block(nnx.Module):
         if c.experts:
             gates, chosen = route(y, gathered(self.router), c.experts_per_token, c.normalised_gates)
             gate, up, down = (gathered(w) for w in (self.gate, self.up, self.down))
-            return expert_mlps_on_mesh(y, gates, chosen, gate, up, down, activation)
-        gate, up = (
-            constrain(y @ gathered(w).astype(y.dtype), "tokens", "mlp")
-            for w in (self.gate, self.up)
-        )
-        out = (activation(gate) * up) @ gathered(self.down).astype(y.dtype)
-        return constrain(out, "tokens", "width")
+            found = {name: adapter_of(self, name) for name in ("gate", "up", "down")}
+            adapters = {name: each.factors() for name, each in found.items() if each}
+            return expert_mlps_on_mesh(y, gates, chosen, gate, up, down, activation, adapters)
+        gate, up = (constrain(self._product(y, name), "tokens", "mlp") for name in ("gate", "up"))
+        return constrain(self._product(activation(gate) * up, "down"), "tokens", "width")

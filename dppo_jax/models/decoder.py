@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.attention import Prefix, attention, soft_capped
 from dppo_jax.models.block import Block, gathered, norm_scale, normed, parameter
 from dppo_jax.models.config import DecoderConfig
@@ -30,9 +31,9 @@ EVERYTHING = 2**30  # the window of a layer that has none, where others have one
 class Decoder(nnx.Module):
     """Embedding, `layers` stacked blocks (leading axis of each of their parameters), norm, head."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, lora: LoraConfig | None = None):
         c = config
-        self.config = config
+        self.config, self.lora = config, lora
         scale = c.width**-0.5
         self.embedding = parameter(rngs, (c.vocab_size, c.width), scale, ("vocab", "embed"))
         if not c.tied_embeddings:
@@ -42,9 +43,12 @@ class Decoder(nnx.Module):
         @nnx.split_rngs(splits=c.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stack(rngs):
-            return Block(c, rngs)
+            return Block(c, rngs, lora)
 
         self.blocks = stack(rngs)
+        if lora and "unembedding" in lora.names:
+            shape, axes = (c.width, c.vocab_size), ("embed", "vocab")
+            add_adapter(self, "unembedding", shape, axes, lora, rngs)
 
     def embed(self, tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
         c = self.config
@@ -55,9 +59,14 @@ class Decoder(nnx.Module):
         return self.stored_unembedding().astype(self.config.dtype)
 
     def stored_unembedding(self) -> Float[Array, "V D"]:
-        """In the parameters' precision, for those who round it themselves."""
+        """In the parameters' precision, for those who round it themselves.
+
+        With its adapter, if any, merged: the head takes one matrix. Its input has no dropout.
+        """
         tied = self.config.tied_embeddings
-        return (self.embedding if tied else self.unembedding)[...]
+        stored = (self.embedding if tied else self.unembedding)[...]
+        adapter = adapter_of(self, "unembedding")
+        return stored if adapter is None else stored + adapter.merged().T
 
     def normed(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         return normed(self.config, x, self.final_norm)
@@ -218,13 +227,22 @@ class Model:
         """Shapes and dtypes of the parameters."""
         return nnx.to_pure_dict(self._abstract)
 
+    def policy(self, params: Params, frozen: Params | None = None, key: Any = None) -> Params:
+        """What `bind` takes, of the trained parameters and of those that stay (`LoraModel`)."""
+        return params
+
     @property
     def logical_axes(self) -> Params:
         """The parameters' tree with a tuple of logical axis names for each."""
+        return axes_of(self._abstract)
 
-        def axes_of(param):
-            stacked = param.get_value().ndim - len(param.axes)
-            return ("layers",) * stacked + param.axes
 
-        is_param = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-        return nnx.to_pure_dict(jax.tree.map(axes_of, self._abstract, is_leaf=is_param))
+def axes_of(state: Any) -> Params:
+    """The logical axis names of each parameter of a split module."""
+
+    def named(param):
+        stacked = param.get_value().ndim - len(param.axes)
+        return ("layers",) * stacked + param.axes
+
+    is_param = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    return nnx.to_pure_dict(jax.tree.map(named, state, is_leaf=is_param))

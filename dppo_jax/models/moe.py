@@ -8,13 +8,16 @@ they are stored (FSDP), are gathered for a layer at a time; over `tensor` each e
 dimension is split and the parts of its output are summed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dppo_jax.sharding import spec_of
+
+# "gate", "up", "down" -> the adapter's A [E, in, r] and s·B [E, r, out] (`adapters.Adapter`)
+LowRank = Mapping[str, tuple[Array, Array]]
 
 
 def route(
@@ -40,16 +43,27 @@ def expert_mlps(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
     activation: Callable[[Array], Array],
+    adapters: LowRank | None = None,
 ) -> Float[Array, "N D"]:
-    """Σ_j gates_j · (activation(y·gate_e) * y·up_e)·down_e with e = chosen_j."""
+    """Σ_j gates_j · (activation(y·gate_e) * y·up_e)·down_e with e = chosen_j.
+
+    With `adapters` every W stands for W + A·(s·B).
+    """
     tokens, each = chosen.shape
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.bincount(flat, length=len(gate)).astype(jnp.int32)
     grouped = y[order // each]
-    weights = (w.astype(y.dtype) for w in (gate, up))
-    opened, linear = (jax.lax.ragged_dot(grouped, w, sizes) for w in weights)
-    out = jax.lax.ragged_dot(activation(opened) * linear, down.astype(y.dtype), sizes)
+
+    def product(x: Array, name: str, weight: Array) -> Array:
+        out = jax.lax.ragged_dot(x, weight.astype(x.dtype), sizes)
+        if adapters and name in adapters:
+            a, b = (factor.astype(x.dtype) for factor in adapters[name])
+            out += jax.lax.ragged_dot(jax.lax.ragged_dot(x, a, sizes), b, sizes)
+        return out
+
+    opened, linear = product(grouped, "gate", gate), product(grouped, "up", up)
+    out = product(activation(opened) * linear, "down", down)
     by_token = out[jnp.argsort(order)].reshape(tokens, each, -1)
     return jnp.einsum("nkd,nk->nd", by_token, gates.astype(y.dtype))
 
@@ -62,18 +76,23 @@ def expert_mlps_on_mesh(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
     activation: Callable[[Array], Array],
+    adapters: LowRank | None = None,
 ) -> Float[Array, "N D"]:
     """`expert_mlps`, its rows split as "batch" is and F as "mlp" on the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return expert_mlps(y, gates, chosen, gate, up, down, activation)
+        return expert_mlps(y, gates, chosen, gate, up, down, activation, adapters)
     rows = spec_of(("tokens",), mesh, "compute")
     into = spec_of((None, None, "mlp"), mesh, "compute")
     out = spec_of((None, "mlp"), mesh, "compute")
+    whole = spec_of((), mesh, "compute")
+    adapters = dict(adapters or {})
+    low_rank = {name: (out, whole) if name == "down" else (whole, into) for name in adapters}
 
-    def local(y, gates, chosen, gate, up, down):
-        part = expert_mlps(y, gates, chosen, gate, up, down, activation)
+    def local(y, gates, chosen, gate, up, down, adapters):
+        part = expert_mlps(y, gates, chosen, gate, up, down, activation, adapters)
         return jax.lax.psum(part, "tensor")
 
-    split = jax.shard_map(local, in_specs=(rows, rows, rows, into, into, out), out_specs=rows)
-    return split(y, gates, chosen, gate, up, down)
+    specs = (rows, rows, rows, into, into, out, low_rank)
+    split = jax.shard_map(local, in_specs=specs, out_specs=rows)
+    return split(y, gates, chosen, gate, up, down, adapters)
