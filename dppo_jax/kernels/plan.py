@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dppo_jax.kernels import single_pass, xla
@@ -28,6 +29,8 @@ class Chip(NamedTuple):
     topology: str
     bf16_flops: float  # a second
     memory_bytes: float  # a second
+    # The tile of a bfloat16 matrix that XLA multiplies, where arguments come in another.
+    matrix_tile: tuple[tuple[int, int], ...] | None = None
 
 
 # The peaks are those of `get_tpu_info` in jax.experimental.pallas.tpu (0.10.2). As libtpu lists
@@ -37,7 +40,7 @@ CHIPS = {
     "v5e": Chip("v5e:2x2", 197e12, 0.82e12),
     "v5p": Chip("v5p:2x2x1", 459e12, 2.46e12),
     "v6e": Chip("v6e:2x2", 920e12, 1.64e12),
-    "7x": Chip("tpu7x:2x2x1", 1155e12, 3.7e12),
+    "7x": Chip("tpu7x:2x2x1", 1155e12, 3.7e12, matrix_tile=((16, 128), (2, 1))),
 }
 # (N, D, V): Qwen3-8B, Gemma3-4B, Qwen3-0.6B.
 SHAPES = ((16384, 4096, 151936), (16384, 2560, 262144), (8192, 1024, 151936))
@@ -73,19 +76,20 @@ class Form(NamedTuple):
     writes: int  # of their gradients
     trips: Callable[[int, int], int]  # of its loop, which XLA's cost analysis counts once
     before_loop: str | None  # the form whose program runs before the loop
+    multiplied_by_xla: bool  # every product with W; the Pallas forward takes W as arguments come
 
 
 FORMS = {
-    "forward": Form(head, 2, 1, 0, lambda tokens, vocabulary: 1, None),
+    "forward": Form(head, 2, 1, 0, lambda tokens, vocabulary: 1, None, False),
     "forward_backward": Form(
         jax.value_and_grad(_loss, (0, 1), has_aux=True), 8, 2, 1,
         lambda tokens, vocabulary: -(-vocabulary // xla.chunk_columns(tokens, vocabulary)),
-        "forward",
+        "forward", False,
     ),
     "single_pass": Form(
         _fused_loss, 6, 1, 1,
         lambda tokens, vocabulary: -(-tokens // single_pass.chunk_tokens(tokens)),
-        None,
+        None, True,
     ),
 }  # fmt: skip
 
@@ -151,15 +155,21 @@ def _row(
     chip, form = CHIPS[name], FORMS[form_name]
     here = NamedSharding(mesh, PartitionSpec())
     arguments = [
-        jax.ShapeDtypeStruct((tokens, width), "bfloat16", sharding=here),
-        jax.ShapeDtypeStruct((vocabulary, width), "bfloat16", sharding=here),
-        jax.ShapeDtypeStruct((tokens, 1 + stored), "int32", sharding=here),
+        jax.ShapeDtypeStruct((tokens, width), "bfloat16"),
+        jax.ShapeDtypeStruct((vocabulary, width), "bfloat16"),
+        jax.ShapeDtypeStruct((tokens, 1 + stored), "int32"),
     ]
 
     def costs_of(form_name: str) -> dict[str, float]:
         if form_name not in compiled:
             start = time.perf_counter()
-            program = jax.jit(FORMS[form_name].program).trace(*arguments)
+            matrix: Format | NamedSharding = here
+            # In a training step W is cast to bfloat16 by the same program, in the tile that its
+            # products want. Here it is an argument, which would be copied into that tile first.
+            if chip.matrix_tile and FORMS[form_name].multiplied_by_xla:
+                matrix = Format(Layout((0, 1), chip.matrix_tile), here)
+            jitted = jax.jit(FORMS[form_name].program, in_shardings=(here, matrix, here))
+            program = jitted.trace(*arguments)
             executable = program.lower(lowering_platforms=("tpu",)).compile()
             analysis = executable.cost_analysis()
             compiled[form_name] = {
