@@ -136,7 +136,11 @@ class Evaluator:
             name = each.name or each.dataset
             if name in self._sets:
                 raise ValueError(f"two evaluation sets are called {name!r}: bind EvalSet.name")
-            settings = dataclasses.replace(each.sampling or sampling, end_ids=(tokenizer.end_id,))
+            settings = dataclasses.replace(
+                each.sampling or sampling,
+                end_ids=(tokenizer.end_id,),
+                truncated_sampling="refuse",  # nobody scores these: no kept set need be recorded
+            )
             settings.check(model.config.vocab_size)
             batch = each.prompts_per_batch or prompts_per_batch
             check_divides(mesh, "batch", {f"prompts_per_batch of {name}": batch})

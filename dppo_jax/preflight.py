@@ -35,11 +35,16 @@ def check_sizes(
         raise ValueError(f"steps={steps}: a run takes at least 1")
     if sampling.temperature == 0:
         raise ValueError("temperature=0 explores nothing: set a positive sampling temperature")
-    if sampling.filters.on:
+    if sampling.filters.on and not sampling.replays:
         raise ValueError(
             f"top_k={sampling.top_k}, top_p={sampling.top_p}, min_p={sampling.min_p}: training "
             "samples from the whole distribution, the one that it scores; leave these three at "
-            "0, 1 and 0 (evaluation may set them)"
+            "0, 1 and 0 (evaluation may set them), or set truncated_sampling='replay'"
+        )
+    if sampling.replays and sampling.top_k > sampling.top_k_capture:
+        raise ValueError(
+            f"top_k={sampling.top_k} keeps more than the top_k_capture={sampling.top_k_capture} "
+            "tokens that are recorded: raise top_k_capture to it"
         )
     for name, parts in (("minibatches", minibatches), ("microbatches", microbatches)):
         if parts < 1:
@@ -84,8 +89,14 @@ def check_needs(
     critic: Critic | None,
     tokenizer: Tokenizer,
     mesh: Mesh,
+    sampling: SamplingConfig,
 ) -> None:
     """Refuses an objective or an estimator without what it needs, and a critic that nobody uses."""
+    if "uniform_logp" in needs and sampling.replays:
+        raise ValueError(
+            "the objective needs the mean log-probability over the vocabulary, which is -inf with "
+            "top_k, top_p or min_p: leave them at 0, 1 and 0"
+        )
     if critic is None:
         if "values" in needs:
             raise ValueError(

@@ -50,6 +50,10 @@ class Rollout:
     topk_logp_rollout: Float[Array, "B T K"]  # their log-probabilities; 0 outside response_mask
     entropy_rollout: Float[Array, "B T"]  # nats; 0 outside response_mask
     finish_reason: Int[Array, " B"]  # FINISH_LENGTH or FINISH_STOP
+    # Where the sampler's filters were replayed: it drew from the first so many of topk_ids alone,
+    # and every log-probability here is of those, renormalised; 0 outside response_mask.
+    kept_count: Int[Array, "B T"] | None = None
+    policy_version: Int[Array, "B T"] | None = None  # of the parameters that drew the token
 
 
 @jax.tree_util.register_dataclass

@@ -1,13 +1,14 @@
 """Parameters and tokens to `TokenStats`: the only softmax in training."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dppo_jax import divergence
-from dppo_jax.kernels.divergences import Divergences, Policy, divergences
+from dppo_jax.kernels.divergences import Policy, divergences
 from dppo_jax.kernels.head import fused_loss, head
 from dppo_jax.models.decoder import Decoder, Model, Params, response_states
 from dppo_jax.records import Batch, Max, Mean, Metrics, Rollout, TokenLocal, TokenStats
@@ -24,10 +25,11 @@ def score(
 ) -> TokenStats:
     """log π(a_t | s_t), log π of the stored top-K ids and the entropy at each response token.
 
-    All of softmax(logits / temperature), the distribution that the sampler drew from; shapes as in
-    `TokenStats`. Padding is attended by nobody. With the parameters that sampled, also the exact
-    divergences from their policy, `exact_tv` and `exact_kl`, both sides scored here: numerical
-    mismatch with the sampler is not in them. They carry no gradient.
+    All of softmax(logits / temperature), or of that renormalised over the sampler's kept sets where
+    these were recorded: the distribution that the sampler drew from. Shapes as in `TokenStats`.
+    Padding is attended by nobody. With the parameters that sampled, also the exact divergences from
+    their policy, `exact_tv` and `exact_kl`, both sides scored here: numerical mismatch with the
+    sampler is not in them. They carry no gradient.
     """
     decoder = model.bind(params)
     hidden, ids = _states_and_ids(decoder, rollout)
@@ -36,9 +38,8 @@ def score(
         return stats
     sampler = model.bind(rollout_params)
     theirs, _ = _states_and_ids(sampler, rollout)
-    between = _exact(sampler, theirs, decoder, hidden, temperature)
-    shape = stats.logp.shape
-    return replace(stats, exact_tv=between.tv.reshape(shape), exact_kl=between.kl.reshape(shape))
+    between = _exact(sampler, theirs, decoder, hidden, ids, stats, rollout, temperature)
+    return replace(stats, exact_tv=between.tv, exact_kl=between.kl)
 
 
 def tightness(
@@ -55,7 +56,7 @@ def tightness(
     theirs, _ = _states_and_ids(sampler, rollout)
     mu = _stats(sampler, theirs, ids, rollout, temperature)
     pi = _stats(decoder, hidden, ids, rollout, temperature)
-    between = _exact(sampler, theirs, decoder, hidden, temperature)
+    between = _exact(sampler, theirs, decoder, hidden, ids, pi, rollout, temperature)
     sampled = mu.logp, pi.logp
     support = *sampled, rollout.response_tokens, rollout.topk_ids, mu.topk_logp, pi.topk_logp
     compared = {
@@ -64,9 +65,7 @@ def tightness(
     }
     metrics: Metrics = {}
     for kind, values in compared.items():
-        exact, binary, topk = (
-            jnp.sum(value.reshape(mu.logp.shape), where=rollout.response_mask) for value in values
-        )
+        exact, binary, topk = (jnp.sum(value, where=rollout.response_mask) for value in values)
         count = jnp.sum(rollout.response_mask, dtype=jnp.float32)
         metrics[f"divergence/exact_{kind}_mean"] = Mean(exact, count)
         metrics[f"divergence/binary_{kind}_over_exact"] = Mean(binary, exact)
@@ -90,8 +89,9 @@ def loss_and_score(
 
     def losses(terms, rows):
         weights, *leaves = rows
-        stats = TokenStats(terms.logp[:, :1], terms.logp[:, None, 1:], terms.entropy[:, None])
-        return weights * objective.loss(stats, jax.tree.unflatten(structure, leaves))[:, 0]
+        one = jax.tree.unflatten(structure, leaves)
+        stats = _as_sampled(terms.logp[:, None], terms.entropy[:, None], one.rollout)
+        return weights * objective.loss(stats, one)[:, 0]
 
     total, terms = fused_loss(
         losses,
@@ -101,12 +101,12 @@ def loss_and_score(
         (weights, *leaves),
         temperature=temperature,
         soft_cap=model.config.final_soft_cap,
-        stored_gradient=False,
+        stored_gradient=rollout.kept_count is not None,
         valid=rollout.response_mask.reshape(-1),
         layout=head_layout(),
     )
     logp = terms.logp.reshape(*rollout.response_tokens.shape, -1)
-    return total, TokenStats(logp[..., 0], logp[..., 1:], terms.entropy.reshape(logp.shape[:2]))
+    return total, _as_sampled(logp, terms.entropy.reshape(logp.shape[:2]), rollout)
 
 
 def by_token(batch: Batch) -> Batch:
@@ -142,18 +142,59 @@ def _stats(
         ids,
         temperature=temperature,
         soft_cap=decoder.config.final_soft_cap,
-        stored_gradient=False,  # divergences are masks: no objective differentiates them
+        # divergences are masks: no objective differentiates them; a normaliser is differentiated
+        stored_gradient=rollout.kept_count is not None,
         layout=head_layout(),
     )
     logp = (out.logit_at - out.lse[:, None]).reshape(*rollout.response_tokens.shape, -1)
     shape = logp.shape[:2]
+    stats = _as_sampled(logp, out.entropy.reshape(shape), rollout)
     even = _uniform_logp(decoder, hidden, out.lse, temperature)
-    return TokenStats(
-        logp[..., 0],
-        logp[..., 1:],
-        out.entropy.reshape(shape),
-        uniform_logp=None if even is None else even.reshape(shape),
-    )
+    if even is None or rollout.kept_count is not None:
+        return stats
+    return replace(stats, uniform_logp=even.reshape(shape))
+
+
+def _as_sampled(
+    logp: Float[Array, "B T J"], entropy: Float[Array, "B T"], rollout: Rollout
+) -> TokenStats:
+    """Statistics over the vocabulary, of the sampled token and the stored ids, as those of the
+    distribution that the sampler drew from."""
+    if rollout.kept_count is None:
+        return TokenStats(logp[..., 0], logp[..., 1:], entropy)
+    return renormalised(logp, rollout.kept_count)
+
+
+def renormalised(logp: Float[Array, "B T J"], kept_count: Int[Array, "B T"]) -> TokenStats:
+    """The policy given that its token is one of the first `kept_count` stored ids.
+
+    log π'(v) = log π(v) - log Σ_{u kept} π(u), -inf for stored ids that were not kept; entropy
+    -Σ_{kept} π' log π'. Column 0 of `logp` is the sampled token's, which is among the kept ones;
+    any one shift of a token's columns gives the same. All of it is differentiable. A kept_count of
+    0, as outside of responses, stands for all of the stored ids, so that all values are finite.
+    """
+    stored = logp[..., 1:]
+    capture = stored.shape[-1]
+    kept = jnp.arange(capture) < jnp.where(kept_count > 0, kept_count, capture)[..., None]
+    normaliser = jax.nn.logsumexp(jnp.where(kept, stored, -jnp.inf), axis=-1)
+    inside = jnp.where(kept, stored - normaliser[..., None], 0.0)
+    entropy = -jnp.sum(jnp.where(kept, jnp.exp(inside) * inside, 0.0), axis=-1)
+    return TokenStats(logp[..., 0] - normaliser, jnp.where(kept, inside, -jnp.inf), entropy)
+
+
+def kept_sizes(rollout: Rollout) -> Metrics:
+    """How many tokens the sampler's filters kept, and how often as many as it records: its cap
+    may then have dropped some that the filters would keep. Empty where it did not filter."""
+    if rollout.kept_count is None:
+        return {}
+    count = jnp.sum(rollout.response_mask, dtype=jnp.float32)
+    full = rollout.kept_count == rollout.topk_ids.shape[-1]
+
+    def mean(values):
+        total = jnp.sum(values, where=rollout.response_mask, dtype=jnp.float32)
+        return Mean(total, count)
+
+    return {"truncation/kept": mean(rollout.kept_count), "truncation/at_capture": mean(full)}
 
 
 def _uniform_logp(
@@ -171,16 +212,34 @@ def _uniform_logp(
     return hidden @ rows.mean(axis=0) / temperature - lse
 
 
+class _Exact(NamedTuple):
+    tv: Float[Array, "B T"]
+    kl: Float[Array, "B T"]
+
+
 def _exact(
-    sampler: Decoder, theirs: Array, decoder: Decoder, hidden: Array, temperature: float
-) -> Divergences:
-    """A value a token, of the flattened tokens."""
+    sampler: Decoder,
+    theirs: Array,
+    decoder: Decoder,
+    hidden: Array,
+    ids: Array,
+    pi: TokenStats,
+    rollout: Rollout,
+    temperature: float,
+) -> _Exact:
+    """Between the policies that are sampled from; kept sets are whole among the stored ids."""
+    if rollout.kept_count is not None:
+        mu = _stats(sampler, theirs, ids, rollout, temperature)
+        both = mu.topk_logp, pi.topk_logp
+        return _Exact(divergence.exact_tv(*both), divergence.exact_kl(*both))
     transform = temperature, decoder.config.final_soft_cap
-    return divergences(
+    between = divergences(
         Policy(theirs, sampler.unembedding_matrix(), *transform),
         Policy(hidden, decoder.unembedding_matrix(), *transform),
         layout=head_layout(),
     )
+    shape = rollout.response_tokens.shape
+    return _Exact(between.tv.reshape(shape), between.kl.reshape(shape))
 
 
 def _states_and_ids(

@@ -115,7 +115,7 @@ def train(
     check_sizes(
         model, tokenizer, sampling, devices, steps, prompts_per_step, minibatches, microbatches
     )
-    check_needs(needs, objective, valued, tokenizer, devices)
+    check_needs(needs, objective, valued, tokenizer, devices, sampling)
 
     source = load_train(dataset, data_dir)
     check_examples(verifier, [source[i] for i in range(min(100, len(source)))])

@@ -22,7 +22,7 @@ from dppo_jax.records import (
     TrainState,
     fold_metrics,
 )
-from dppo_jax.scoring import loss_and_score, mismatch, score, tightness
+from dppo_jax.scoring import kept_sizes, loss_and_score, mismatch, score, tightness
 from dppo_jax.sharding import constrain
 
 # (state, batch), and the parameters that sampled where the objective needs "exact_divergence"
@@ -192,7 +192,8 @@ def make_update(
                     values = critic.values(value_params, rows.rollout)
                     stats = dataclasses.replace(stats, values=values)
                 out = objective.loss(stats, rows)
-            return out._replace(metrics=out.metrics | mismatch(stats, rows.rollout))
+            more = mismatch(stats, rows.rollout) | kept_sizes(rows.rollout)
+            return out._replace(metrics=out.metrics | more)
 
         trained = (state.params, () if critic is None else state.critic.params)
         (grads, value_grads), total = accumulate(loss_of, trained, batch, microbatches)

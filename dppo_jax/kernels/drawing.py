@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dppo_jax.kernels.filters import Filters, RowFilters, threshold
+from dppo_jax.kernels.filters import Filters, RowFilters, capped, threshold
 
 
 class Drawn(NamedTuple):
@@ -18,6 +18,8 @@ class Drawn(NamedTuple):
     topk_logp: Float[Array, "B K"]  # -inf where fewer than K tokens may be sampled
     entropy: Float[Array, " B"]  # nats
     raw_logp: Float[Array, " B"] | None = None  # of the token; see `rows.draw_rows`
+    # With replay: of topk_ids, how many could be drawn; 0 where no filter was on.
+    kept_count: Int[Array, " B"] | None = None
 
 
 def uniforms(key: Array, batch: int) -> Float[Array, "2 B"]:
@@ -57,6 +59,8 @@ def draw(
     temperature: float | Float[Array, " B"],
     top_k_capture: int,
     filters: Filters | RowFilters = Filters(),  # noqa: B008  frozen
+    *,
+    replay: bool = False,
 ) -> Drawn:
     """Samples from softmax(logits / temperature) within `filters`, and records that distribution.
 
@@ -64,6 +68,9 @@ def draw(
     renormalised (vLLM's `processed_logprobs`). Temperature 0 takes the most likely token, the first
     of equals, and records temperature 1. Key, temperature and filters are one for all rows, or one
     a row.
+
+    With `replay`, rows with a filter on keep at most the `top_k_capture` most likely tokens: what
+    they were drawn from is then all recorded, and can be scored again (`scoring.renormalised`).
     """
     by_row = isinstance(temperature, Array)
     divisor = (
@@ -72,6 +79,9 @@ def draw(
     z = logits.astype(jnp.float32) / divisor
     if isinstance(filters, RowFilters) or filters.on:
         z = jnp.where(z >= threshold(z, filters)[:, None], z, -jnp.inf)
+        if replay:
+            truncated = jnp.broadcast_to(filters.on, len(z))
+            z = jnp.where(truncated[:, None], capped(z, top_k_capture), z)
     logp = jax.nn.log_softmax(z, axis=-1)
     p = jnp.exp(logp)
     if by_row:
@@ -81,7 +91,11 @@ def draw(
     logp_token = jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
     topk_logp, topk_ids = jax.lax.top_k(logp, top_k_capture)
     entropy = -jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1)
-    return Drawn(token, logp_token, topk_ids, topk_logp, entropy)
+    drawn = Drawn(token, logp_token, topk_ids, topk_logp, entropy)
+    if not replay:
+        return drawn
+    kept = jnp.sum(topk_logp > -jnp.inf, axis=1, dtype=jnp.int32)
+    return drawn._replace(kept_count=jnp.where(filters.on, kept, 0))
 
 
 def _most_likely(logp: Float[Array, "B V"]) -> Int[Array, " B"]:

@@ -55,6 +55,10 @@ class RowFilters(NamedTuple):
     top_p: Float[Array, " B"]
     min_p: Float[Array, " B"]
 
+    @property
+    def on(self) -> Bool[Array, " B"]:
+        return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+
 
 def threshold(logits: Float[Array, "B V"], filters: Filters | RowFilters) -> Float[Array, " B"]:
     """The least logit that `filters` keep in each row; -inf where they keep all.
@@ -84,6 +88,13 @@ def threshold(logits: Float[Array, "B V"], filters: Filters | RowFilters) -> Flo
 
     least = jnp.maximum(least, _where_on(top_p < 1, nucleus, largest))
     return jnp.maximum(least, largest + jnp.log(jnp.float32(min_p)))
+
+
+def capped(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+    """-inf but at the k largest of each row; of equals, the first are among them."""
+    largest, ids = lax.top_k(logits, k)
+    nothing = jnp.full_like(logits, -jnp.inf)
+    return nothing.at[jnp.arange(len(logits))[:, None], ids].set(largest)
 
 
 def _where_on(

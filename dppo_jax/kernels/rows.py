@@ -31,9 +31,8 @@ class RowSampling(NamedTuple):
     @property
     def plain(self) -> Bool[Array, " B"]:
         """Rows that are drawn from softmax(logits / temperature), the policy that is scored."""
-        filtered = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
         changed = (self.repetition_penalty != 1) | jnp.any(self.bias != 0, axis=1)
-        return ~(filtered | changed)
+        return ~(self.filters.on | changed)
 
 
 def row_keys(rows: RowSampling, position: Int[Array, " B"]) -> Array:
@@ -87,12 +86,13 @@ def draw_rows(
     top_k_capture: int,
     *,
     raw_logp: bool = False,
+    replay: bool = False,
 ) -> Drawn:
     """A token a row from softmax(changed_logits / temperature) within its filters.
 
     Recorded is the distribution drawn from, as `drawing.draw` does; with `raw_logp` beside it the
     token's log-probability under softmax(logits / temperature), the policy that training scores:
-    no bias, penalty or filter. A batch of `plain` rows pays for none of them.
+    no bias, penalty or filter. A batch of `plain` rows pays for none of them. `replay` as there.
 
     Args:
       position: of the token in its response, 0 the first.
@@ -105,11 +105,14 @@ def draw_rows(
 
     def plain() -> Drawn:
         drawn = draw(logits, keys, rows.temperature, top_k_capture)
-        return drawn._replace(raw_logp=drawn.logp) if raw_logp else drawn
+        return drawn._replace(
+            raw_logp=drawn.logp if raw_logp else None,
+            kept_count=jnp.zeros_like(drawn.token) if replay else None,
+        )
 
     def changed() -> Drawn:
         z = changed_logits(logits, rows, history)
-        drawn = draw(z, keys, rows.temperature, top_k_capture, rows.filters)
+        drawn = draw(z, keys, rows.temperature, top_k_capture, rows.filters, replay=replay)
         if not raw_logp:
             return drawn
         raw = logits / jnp.where(rows.temperature == 0, 1.0, rows.temperature)[:, None]

@@ -24,12 +24,13 @@ def sample(
     top_k_capture: int,
     filters: Filters = Filters(),  # noqa: B008  frozen
     soft_cap: float | None = None,
+    replay: bool = False,
     form: Literal["plain", "streamed"] | None = None,
 ) -> Drawn:
     """A token a row from softmax(z), z = soft_cap * tanh(x.w / soft_cap) / temperature.
 
-    Logits are accumulated in float32. What is recorded is exact in either form; temperature 0 and
-    the filters as in `drawing.draw`. Forms: "plain" has all B x V logits, several times;
+    Logits are accumulated in float32. What is recorded is exact in either form; temperature 0,
+    filters and `replay` as in `drawing.draw`. Forms: "plain" has all B x V logits, several times;
     "streamed" never, and knows no filters. None chooses: streamed for a large vocabulary on a
     device of its own that is a TPU, plain elsewhere. The forms draw different tokens from one key.
 
@@ -54,7 +55,8 @@ def sample(
         return drawn
     if form != "plain":
         raise ValueError(f"unknown form {form!r} of the sampler's head; known: plain, streamed")
-    return draw(_logits(hidden, unembedding, soft_cap), key, temperature, top_k_capture, filters)
+    logits = _logits(hidden, unembedding, soft_cap)
+    return draw(logits, key, temperature, top_k_capture, filters, replay=replay)
 
 
 def sample_rows(
@@ -67,10 +69,13 @@ def sample_rows(
     top_k_capture: int,
     soft_cap: float | None = None,
     raw_logp: bool = False,
+    replay: bool = False,
 ) -> Drawn:
     """`sample` with each row's own parameters; `rows.draw_rows` says what they do."""
     logits = _logits(hidden, unembedding, soft_cap)
-    return draw_rows(logits, rows, position, history, top_k_capture, raw_logp=raw_logp)
+    return draw_rows(
+        logits, rows, position, history, top_k_capture, raw_logp=raw_logp, replay=replay
+    )
 
 
 def _logits(

@@ -8,7 +8,7 @@ log-probabilities, the entropy, an explicit mask, and why each sequence ended.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,12 @@ SMALLEST_STAGE = 32  # response tokens
 @dataclass(frozen=True)
 class SamplingConfig:
     """How responses are drawn. temperature 0 takes the most likely token; its log-probabilities
-    are then those of temperature 1. top_k, top_p and min_p as in `kernels.filters`; training
-    wants them off, evaluation may use them."""
+    are then those of temperature 1. top_k, top_p and min_p as in `kernels.filters`.
+
+    Where training sets one of these, `truncated_sampling` says how: "replay" keeps at most
+    top_k_capture tokens at each position and records which, and all scoring is of the policy
+    renormalised over them, so that on-policy ratios are 1 (TRL issues 6789 and 7269 tell what
+    happens otherwise); "refuse" refuses the recipe. Evaluation filters and caps nothing."""
 
     max_new_tokens: int
     samples_per_prompt: int
@@ -51,6 +55,7 @@ class SamplingConfig:
     min_p: float = 0.0
     # Sampling one of these ends the response and belongs to it; a run adds its tokenizer's.
     end_ids: tuple[int, ...] = ()
+    truncated_sampling: Literal["replay", "refuse"] = "replay"
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.samples_per_prompt < 1:
@@ -62,6 +67,11 @@ class SamplingConfig:
     @property
     def filters(self) -> Filters:
         return Filters(self.top_k, self.top_p, self.min_p)
+
+    @property
+    def replays(self) -> bool:
+        """Whether the kept sets are recorded."""
+        return self.filters.on and self.truncated_sampling == "replay"
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError where this configuration does not fit the vocabulary."""
@@ -220,6 +230,7 @@ def _columns(
             temperature=settings.temperature,
             top_k_capture=settings.top_k_capture,
             filters=settings.filters,
+            replay=settings.replays,
             soft_cap=model.config.final_soft_cap,
         )
         drawn = jax.tree.map(
@@ -254,6 +265,7 @@ def _columns(
         topk_ids=room(stored, jnp.int32),
         topk_logp=room(stored, jnp.float32),
         entropy=room((), jnp.float32),
+        kept_count=room((), jnp.int32) if settings.replays else None,
     )
 
     def first() -> _Progress:
@@ -328,4 +340,5 @@ def generate(
         topk_logp_rollout=by_row.topk_logp,
         entropy_rollout=by_row.entropy,
         finish_reason=jnp.where(progress.active, FINISH_LENGTH, FINISH_STOP).astype(jnp.int32),
+        kept_count=by_row.kept_count,
     )
