@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from dppo_jax.verbs import benchmarks, data, grading, hugging_face, methods, runs
+from dppo_jax.verbs import benchmarks, data, grading, hugging_face, methods, planning, runs
 from dppo_jax.verbs.command import Failure
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -54,6 +54,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="dppo", description="Trust-region reinforcement learning of language models in JAX."
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for family in (runs, grading, methods, benchmarks, data, hugging_face):
+    for family in (runs, planning, grading, methods, benchmarks, data, hugging_face):
         family.add(verbs)
     return parser

@@ -25,12 +25,25 @@ def check_sizes(
     microbatches: int,
 ) -> None:
     """Refuses contradictions before anything is computed."""
-    sampling.check(model.vocab_size)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size="
             f"{model.vocab_size}: set DecoderConfig.vocab_size to at least the tokenizer's"
         )
+    check_layout(model, sampling, mesh, steps, prompts_per_step, minibatches, microbatches)
+
+
+def check_layout(
+    model: DecoderConfig,
+    sampling: SamplingConfig,
+    mesh: Mesh,
+    steps: int,
+    prompts_per_step: int,
+    minibatches: int,
+    microbatches: int,
+) -> None:
+    """What of it needs no tokenizer."""
+    sampling.check(model.vocab_size)
     if steps < 1:
         raise ValueError(f"steps={steps}: a run takes at least 1")
     if sampling.temperature == 0:

@@ -19,40 +19,12 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dppo_jax.kernels import single_pass, xla
+from dppo_jax.kernels.chips import CHIPS, ENVIRONMENT
 from dppo_jax.kernels.head import head
 from dppo_jax.kernels.single_pass import fused_loss_and_grad
 
-
-class Chip(NamedTuple):
-    """A topology of the generation, and the peaks of one JAX device in it."""
-
-    topology: str
-    bf16_flops: float  # a second
-    memory_bytes: float  # a second
-    # The tile of a bfloat16 matrix that XLA multiplies, where arguments come in another.
-    matrix_tile: tuple[tuple[int, int], ...] | None = None
-
-
-# The peaks are those of `get_tpu_info` in jax.experimental.pallas.tpu (0.10.2). As libtpu lists
-# devices for these topologies, one is one of two cores of v4 and 7x, and both of v5p.
-CHIPS = {
-    "v4": Chip("v4:2x2x1", 137.5e12, 0.615e12),
-    "v5e": Chip("v5e:2x2", 197e12, 0.82e12),
-    "v5p": Chip("v5p:2x2x1", 459e12, 2.46e12),
-    "v6e": Chip("v6e:2x2", 920e12, 1.64e12),
-    "7x": Chip("tpu7x:2x2x1", 1155e12, 3.7e12, matrix_tile=((16, 128), (2, 1))),
-}
 # (N, D, V): Qwen3-8B, Gemma3-4B, Qwen3-0.6B.
 SHAPES = ((16384, 4096, 151936), (16384, 2560, 262144), (8192, 1024, 151936))
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_ENABLE_COMPILATION_CACHE": "0",  # a program from the cache hides that memory ran out
-    "XLA_FLAGS": "",  # those of the process that asks are for its own backend
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip to fight over, so no lock file is needed
-    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks a metadata server that is not there
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 
 def _loss(x, w, ids):

@@ -1,0 +1,1 @@
+"""`dppo plan`: a recipe's programs compiled for hardware that is not here."""

@@ -1,0 +1,127 @@
+"""One program compiled: what it needs of a device's memory, and what it costs."""
+
+import re
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jax
+
+from dppo_jax.kernels.chips import Chip
+from dppo_jax.plan.hlo import Costs, costs_of
+from dppo_jax.plan.programs import Program
+from dppo_jax.plan.topology import Topology
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass
+class Compiled:
+    """A program of one device. Bytes; seconds of one run.
+
+    Where the compiler refuses for want of memory, `refused` is what it said that it needs, and
+    nothing else is known. `compiler_seconds` is XLA's `optimal_seconds`, its loops weighed by the
+    compiler's cycle estimates; None where it has none.
+    """
+
+    name: str
+    runs: int
+    loop_trips: int
+    hbm: float
+    resident: float
+    cache: float = 0.0
+    arguments: float = 0.0
+    temporaries: float = 0.0
+    output: float = 0.0  # beyond the arguments' own memory
+    code: float = 0.0
+    refused: float | None = None
+    flops: float = 0.0
+    moved: float = 0.0
+    collectives: dict[str, dict[str, float]] = field(default_factory=dict)
+    sent: float = 0.0
+    roofline_seconds: float = 0.0
+    compiler_seconds: float | None = None
+    compile_seconds: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes a device while it runs."""
+        if self.refused is not None:
+            return self.resident + self.refused
+        return self.resident + self.arguments + self.temporaries + self.output + self.code
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.hbm
+
+    @property
+    def seconds(self) -> float:
+        """The larger of the two estimates of a run."""
+        return max(self.roofline_seconds, self.compiler_seconds or 0.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "total": self.total,
+            "fits": self.fits,
+            "left": self.hbm - self.total,
+        }
+
+
+def compile_program(program: Program, topology: Topology) -> Compiled:
+    """Compiles for the topology, under the mesh that is set."""
+    chip = topology.chip
+    result = Compiled(
+        program.name,
+        program.runs,
+        program.loop_trips,
+        chip.hbm_bytes,
+        program.resident,
+        program.cache,
+    )
+    started = time.monotonic()
+    traced = program.function.trace(*program.arguments, **program.keywords)
+    lowered = traced.lower(lowering_platforms=("tpu",) if topology.platform == "tpu" else ("cpu",))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        result.refused = _asked_for(str(error))
+        if result.refused is None:
+            raise
+        result.compile_seconds = time.monotonic() - started
+        return result
+    result.compile_seconds = time.monotonic() - started
+    memory = compiled.memory_analysis()
+    assert memory is not None, "every backend that JAX ships reports a program's memory"
+    result.arguments = float(memory.argument_size_in_bytes)
+    result.temporaries = float(memory.temp_size_in_bytes)
+    result.output = float(memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    result.code = float(memory.generated_code_size_in_bytes)
+    optimal = (compiled.cost_analysis() or {}).get("optimal_seconds", -1.0)
+    _charge(result, compiled.as_text(), chip, optimal)
+    return result
+
+
+def _charge(result: Compiled, text: str, chip: Chip, optimal: float) -> None:
+    total, once = costs_of(text, chip, unknown_trips=result.loop_trips)
+    result.flops, result.moved, result.sent = total.flops, total.bytes, total.sent
+    result.collectives = {kind: asdict(moved) for kind, moved in sorted(total.collectives.items())}
+    result.roofline_seconds = total.roofline(chip)
+    if optimal > 0:
+        result.compiler_seconds = optimal * _loops(total, once)
+
+
+def _loops(total: Costs, once: Costs) -> float:
+    """How much longer a program takes than with each loop's body run once."""
+    if once.cycles:
+        return total.cycles / once.cycles
+    return total.seconds / once.seconds if once.seconds else 1.0
+
+
+def _asked_for(message: str) -> float | None:
+    """Bytes that a program needs, of the compiler's words when it has run out of memory."""
+    if "memory" not in message.lower():
+        return None
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    found = found or re.search(r"total memory required[^(]*\(([\d.]+)([KMGT]?)\)", message)
+    return float(found[1]) * _UNITS[found[2]] if found else None

@@ -1,0 +1,331 @@
+"""The programs that a recipe runs in one step, with abstract arguments laid out on a mesh.
+
+They are those of `train`: weight sync (the rollout policy's choice), prefill, decode, scoring and
+update, by the same functions. Nothing here is computed and no weights are read.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dppo_jax.advantages import Estimator
+from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
+from dppo_jax.critic import Critic, ValueModel
+from dppo_jax.initial_policy import InitialPolicy
+from dppo_jax.kernels.single_pass import chunk_tokens
+from dppo_jax.models.decoder import DecoderConfig, Model
+from dppo_jax.preflight import check_layout
+from dppo_jax.records import Objective, Prompts, Rollout, TrainState
+from dppo_jax.rollout_policy import RolloutPolicy
+from dppo_jax.sampling import generate
+from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of, spec_of
+from dppo_jax.update import make_update
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a recipe decides its programs; names as in `train`."""
+
+    model: DecoderConfig
+    sampling: generate.SamplingConfig
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    mesh: MeshConfig
+    rollout_policy: RolloutPolicy
+    advantage: Estimator
+    reward_penalty: RewardPenalty | None
+    reference: InitialPolicy | None
+    critic: ValueModel | None
+    steps: int
+    prompts_per_step: int
+    max_prompt_tokens: int
+    minibatches: int
+    microbatches: int
+    exact_divergence_every: int
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @property
+    def sequences(self) -> int:
+        return self.prompts_per_step * self.sampling.samples_per_prompt
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Response tokens, none of them ended early."""
+        return self.sequences * self.sampling.max_new_tokens
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program of a step."""
+
+    name: str
+    function: Any  # jitted
+    arguments: tuple[Any, ...]
+    resident: float  # bytes a device of what lives through it and is none of its arguments
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    runs: int = 1  # a step
+    loop_trips: int = 1  # at the most, of a loop whose length depends on data
+    cache: float = 0.0  # bytes a device of keys and values, among its temporaries
+
+
+def bytes_of(tree: Any) -> float:
+    """Bytes a device of ShapeDtypeStructs with shardings."""
+    return sum(
+        float(math.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def laid_out(tree: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs with these shardings: one for all, or a pytree of them."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        only = shardings
+        shardings = jax.tree.map(lambda _: only, tree)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+class Step:
+    """A training step of `settings` on `mesh`: its arrays, and its programs one by one.
+
+    ValueError where the sizes do not fit the mesh.
+    """
+
+    def __init__(self, settings: Settings, mesh: Mesh):
+        s = settings
+        # No tokenizer is read; that a response may end is what the decoding loop depends on.
+        sampling = dataclasses.replace(s.sampling, end_ids=s.sampling.end_ids or (0,))
+        self.settings, self.mesh = dataclasses.replace(s, sampling=sampling), mesh
+        check_layout(
+            s.model, sampling, mesh, s.steps, s.prompts_per_step, s.minibatches, s.microbatches
+        )
+        self.model = Model(s.model)
+        self.critic = None if s.critic is None else Critic(s.critic, s.model)
+        self.needs = needs_of(s.objective, s.advantage, s.reward_penalty)
+        self.exact = "exact_divergence" in s.objective.needs
+        self._whole, self._rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
+        self._key = laid_out(jax.eval_shape(jax.random.key, 0), self._whole)
+        self.params = self._parameters(self.model.abstract_params, self.model.logical_axes)
+        self.state = self._state()
+        self.sampled_with = self._sampled_with()
+        # The frozen parameters that KL terms are measured from.
+        self.reference = self.params if "logp_ref" in self.needs else None
+
+    def programs(self) -> list[Callable[[], Program]]:
+        """In the order of a step."""
+        return [self.weight_sync, self.prefill, self.decode, self.scoring, self.update]
+
+    def _array(self, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def _parameters(self, abstract: Any, logical_axes: Any) -> Any:
+        return laid_out(abstract, shardings_of(logical_axes, self.mesh))
+
+    def _state_of(self, params: Any, optimizer: Any, **more: Any) -> TrainState:
+        opt_state = optax.tree.map_params(
+            optimizer,
+            lambda leaf, param: self._array(leaf.shape, leaf.dtype, param.sharding),
+            jax.eval_shape(optimizer.init, params),
+            params,
+            transform_non_params=lambda leaf: self._array(leaf.shape, leaf.dtype, self._whole),
+        )
+        return TrainState(params, opt_state, self._array((), jnp.int32, self._whole), **more)
+
+    def _state(self) -> TrainState:
+        s = self.settings
+        remembered = jax.eval_shape(s.rollout_policy.init, self.params)
+        if jax.tree.leaves(remembered):  # as the compiler lays it out
+            compiled = jax.jit(s.rollout_policy.init).lower(self.params).compile()
+            remembered = laid_out(remembered, compiled.output_shardings)
+        carried = jax.eval_shape(lambda: jax.tree.map(jnp.array, s.objective.initial_state))
+        critic: Any = ()
+        if s.critic is not None and self.critic is not None:
+            values = jax.eval_shape(self.critic.init, self._key, self.params)
+            values = self._parameters(values, self.critic.logical_axes)
+            critic = self._state_of(values, s.critic.optimizer)
+        return self._state_of(
+            self.params,
+            s.optimizer,
+            objective_state=laid_out(carried, self._whole),
+            rollout_memory=remembered,
+            token_counts=self._array((3, s.model.vocab_size), jnp.int32, self._whole),
+            critic=critic,
+        )
+
+    def _choice(self) -> tuple[Any, ...]:
+        step = self._array((), jnp.int32, self._whole)
+        return self.state.rollout_memory, self.params, step, self._key
+
+    def _sampled_with(self) -> Any:
+        """The parameters to sample with: laid out as the trainer's where they have their form."""
+        chosen, _ = jax.eval_shape(self.settings.rollout_policy.choose, *self._choice())
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, params) for params in (chosen, self.params)]
+        if shapes[0] == shapes[1]:
+            return jax.tree.map(
+                lambda leaf, param: self._array(leaf.shape, leaf.dtype, param.sharding),
+                chosen,
+                self.params,
+            )
+        compiled = jax.jit(self.settings.rollout_policy.choose).lower(*self._choice()).compile()
+        return laid_out(chosen, compiled.output_shardings[0])
+
+    def rollout(self, prompts: int) -> Rollout:
+        """The rollout of so many prompts."""
+        s = self.settings.sampling
+        asked = (prompts, self.settings.max_prompt_tokens)
+        answered = (prompts * s.samples_per_prompt, s.max_new_tokens)
+        stored = (*answered, s.top_k_capture)
+        return Rollout(
+            prompt_tokens=self._array(asked, jnp.int32, self._rows),
+            prompt_mask=self._array(asked, jnp.bool_, self._rows),
+            response_tokens=self._array(answered, jnp.int32, self._rows),
+            response_mask=self._array(answered, jnp.bool_, self._rows),
+            logp_rollout=self._array(answered, jnp.float32, self._rows),
+            topk_ids=self._array(stored, jnp.int32, self._rows),
+            topk_logp_rollout=self._array(stored, jnp.float32, self._rows),
+            entropy_rollout=self._array(answered, jnp.float32, self._rows),
+            finish_reason=self._array(answered[:1], jnp.int32, self._rows),
+        )
+
+    @property
+    def _kept(self) -> float:
+        """Bytes a device of the copy of the parameters that sampled, where one is kept."""
+        copied = self.exact or self.settings.exact_divergence_every > 0
+        return bytes_of(self.sampled_with) if copied else 0.0
+
+    @property
+    def _while_sampling(self) -> float:
+        """Bytes a device of what waits while responses are drawn."""
+        # Where the policy hands on what it was given, jit makes no copy.
+        jaxpr = jax.make_jaxpr(self.settings.rollout_policy.choose)(*self._choice())
+        own = set(map(id, jaxpr.jaxpr.outvars)) <= set(map(id, jaxpr.jaxpr.invars))
+        waiting = bytes_of(self.state) - (bytes_of(self.params) if own else 0.0)
+        return waiting + bytes_of(self.reference) + self._kept
+
+    def weight_sync(self) -> Program:
+        """From the trainer's parameters to those to sample with."""
+        given = self._choice()
+        waiting = bytes_of(self.state) - bytes_of(given[:2]) + bytes_of(self.reference)
+        choose = jax.jit(self.settings.rollout_policy.choose, donate_argnums=0)
+        return Program("weight sync", choose, given, waiting)
+
+    def _asked(self) -> tuple[Any, ...]:
+        rows = (self.settings.prompts_per_step, self.settings.max_prompt_tokens)
+        prompts = Prompts(
+            self._array(rows, jnp.int32, self._rows), self._array(rows, jnp.bool_, self._rows)
+        )
+        return self.model, self.sampled_with, prompts, self._key
+
+    def prefill(self) -> Program:
+        """All prompts of a step, and the first token of every sample."""
+        keywords = {"settings": self.settings.sampling}
+        return Program("prefill", generate.prefill, self._asked(), self._while_sampling, keywords)
+
+    def decode(self) -> Program:
+        """The rest of every sample, all of it with the cache at its largest."""
+        sampling, given = self.settings.sampling, self._asked()
+        length = sampling.max_new_tokens
+        progress = jax.eval_shape(
+            lambda *arrays: generate.prefill(self.model, *arrays, settings=sampling), *given[1:]
+        )
+
+        def spread(leaf, *axes):
+            spec = spec_of(axes, self.mesh, "decode", leaf.shape)
+            return self._array(leaf.shape, leaf.dtype, NamedSharding(self.mesh, spec))
+
+        def with_room(cache, columns):
+            def grown(leaf):
+                shape = (*leaf.shape[:2], columns, *leaf.shape[3:])
+                return spread(jax.ShapeDtypeStruct(shape, leaf.dtype), "batch", "kv_heads")
+
+            own = {name: grown(getattr(cache, name)) for name in ("response_k", "response_v")}
+            asked = {
+                name: spread(getattr(cache, name), "batch", "kv_heads")
+                for name in ("prompt_k", "prompt_v")
+            }
+            return cache._replace(**own, **asked)
+
+        sizes = [0, *generate.stages(length)]
+        full = [with_room(cache, sizes[-1]) for cache in progress.caches]
+        progress = progress._replace(
+            step=laid_out(progress.step, self._whole),
+            caches=[with_room(cache, sizes[-2]) for cache in progress.caches],
+            active=spread(progress.active, "batch"),
+            record=jax.tree.map(lambda leaf: spread(leaf, None, "batch"), progress.record),
+            mask=spread(progress.mask, None, "batch"),
+        )
+        return Program(
+            "decode",
+            generate.last_stage,
+            (*given, progress),
+            self._while_sampling,
+            {"settings": sampling},
+            loop_trips=max(1, length - 1),
+            cache=bytes_of(full),
+        )
+
+    def _batch_of(self) -> tuple[Any, tuple[Any, ...]]:
+        s = self.settings
+        function = make_batch_of(
+            self.model,
+            s.objective,
+            s.advantage,
+            s.reward_penalty,
+            self.critic,
+            temperature=s.sampling.temperature,
+        )
+        shape = (s.prompts_per_step, s.sampling.samples_per_prompt)
+        rewards = self._array(shape, jnp.float32, self._rows)
+        return function, (self.state, self.reference, self.rollout(s.prompts_per_step), rewards)
+
+    def scoring(self) -> Program:
+        """From the rollout and its rewards to the batch, the whole step's at once."""
+        function, given = self._batch_of()
+        return Program("scoring", jax.jit(function), given, self._kept)
+
+    def update(self) -> Program:
+        """One gradient step."""
+        s = self.settings
+        function = make_update(
+            self.model,
+            s.objective,
+            s.optimizer,
+            self.critic,
+            temperature=s.sampling.temperature,
+            microbatches=s.microbatches,
+        )
+        batch_of, given = self._batch_of()
+        batch, _ = jax.eval_shape(batch_of, *given)
+
+        def part(leaf):
+            shape = (leaf.shape[0] // s.minibatches, *leaf.shape[1:])
+            return self._array(shape, leaf.dtype, self._rows)
+
+        whole, minibatch = laid_out(batch, self._rows), jax.tree.map(part, batch)
+        tokens = minibatch.rollout.response_tokens.shape
+        split = spec_of(("tokens",), self.mesh, "compute")
+        local = math.prod(tokens) // s.microbatches
+        (local,) = NamedSharding(self.mesh, split).shard_shape((local,))
+        waiting = bytes_of(whole) + bytes_of(self.reference)
+        return Program(
+            "update",
+            function,
+            (self.state, minibatch, *((self.sampled_with,) if self.exact else ())),
+            waiting + (0.0 if self.exact else self._kept),
+            runs=s.minibatches,
+            # Chunks of the head's single pass, as many as there are when no token is left out.
+            loop_trips=-(-local // chunk_tokens(local)),
+        )

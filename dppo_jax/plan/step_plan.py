@@ -1,0 +1,87 @@
+"""A recipe's step on a topology: every program compiled, and what a step takes and costs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from dppo_jax.plan.compiling import Compiled, compile_program
+from dppo_jax.plan.programs import Settings, Step
+from dppo_jax.plan.topology import Topology
+
+SAMPLING = ("prefill", "decode")
+Report = Callable[[str], None]
+
+
+@dataclass
+class StepPlan:
+    """Programs in the order of a step, and what follows from them."""
+
+    topology: Topology
+    mesh: dict[str, int]
+    settings: Settings
+    programs: list[Compiled] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        return all(program.fits for program in self.programs)
+
+    @property
+    def known(self) -> bool:
+        """Whether every program was compiled, so that their seconds are known."""
+        return all(program.refused is None for program in self.programs)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one step: every response as long as may be, rewards and host work left out."""
+        return sum(program.runs * program.seconds for program in self.programs)
+
+    @property
+    def tokens_per_second_per_chip(self) -> float:
+        return self.settings.tokens_a_step / self.step_seconds / self.topology.chips
+
+    def cost(self, price: float) -> dict[str, float]:
+        """US dollars at so much a chip and hour, of a step and of the whole run."""
+        step = price * self.topology.chips * self.step_seconds / 3600
+        return {"step": step, "run": step * self.settings.steps}
+
+    def as_dict(self, price: float | None = None) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "topology": self.topology.name,
+            "chips": self.topology.chips,
+            "mesh": self.mesh,
+            "hbm_bytes": self.topology.chip.hbm_bytes,
+            "estimated_memory": self.topology.platform == "gpu",
+            "fits": self.fits,
+            "programs": {program.name: program.as_dict() for program in self.programs},
+            "tokens_a_step": self.settings.tokens_a_step,
+        }
+        if self.known:
+            found["step_seconds"] = self.step_seconds
+            found["tokens_per_second_per_chip"] = self.tokens_per_second_per_chip
+            if price is not None:
+                found["cost"] = self.cost(price)
+        return found
+
+
+def plan_step(
+    settings: Settings,
+    topology: Topology,
+    only: tuple[str, ...] | None = None,
+    report: Report = lambda line: None,
+) -> StepPlan:
+    """Compiles the programs of a step (or `only` some) for the topology.
+
+    ValueError where the recipe's sizes do not fit the mesh, or the mesh the topology.
+    """
+    mesh = settings.mesh.build(topology.devices())
+    plan = StepPlan(topology, {k: n for k, n in mesh.shape.items() if n > 1}, settings)
+    for make in Step(settings, mesh).programs():
+        name = make.__name__.replace("_", " ")
+        if only is None or name in only:
+            report(f"compiling {name} for {topology.name}")
+            program = make()  # without the mesh in force: optax makes an array or two
+            with jax.set_mesh(mesh):
+                plan.programs.append(compile_program(program, topology))
+    return plan

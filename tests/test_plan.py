@@ -1,0 +1,175 @@
+"""What a plan reads from a compiled program, against counts by hand and XLA's own; its verb."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dppo_jax.kernels.chips import CHIPS
+from dppo_jax.plan import topology
+from dppo_jax.plan.hlo import costs_of
+from dppo_jax.plan.report import table
+
+V5P = CHIPS["v5p"]
+REPOSITORY = Path(__file__).parent.parent
+
+# A loop of five trips around a product of [8, 16] by [16, 32] and an all-gather of four devices;
+# then a loop whose length is data around a reduce-scatter of two.
+BY_HAND = """HloModule by_hand
+
+%body (p: (s32[], f32[8,16], f32[16,32])) -> (s32[], f32[8,16], f32[16,32]) {
+  %p = (s32[], f32[8,16]{1,0}, f32[16,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,16]{1,0} get-tuple-element(%p), index=1
+  %w = f32[16,32]{1,0} get-tuple-element(%p), index=2
+  %dot = f32[8,32]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %all = f32[32,16]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %t = (s32[], f32[8,16]{1,0}, f32[16,32]{1,0}) tuple(%i, %x, %w)
+}
+
+%condition (p.1: (s32[], f32[8,16], f32[16,32])) -> pred[] {
+  %five = s32[] constant(5)
+  %p.1 = (s32[], f32[8,16]{1,0}, f32[16,32]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  ROOT %less = pred[] compare(%i.1, %five), direction=LT
+}
+
+%body.2 (q: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %q = (s32[], f32[8]{0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %y = f32[8]{0} get-tuple-element(%q), index=1
+  %part = f32[4]{0} reduce-scatter(%y), replica_groups=[2,2]<=[4], dimensions={0}
+  ROOT %t.2 = (s32[], f32[8]{0}) tuple(%j, %y)
+}
+
+%condition.2 (q.1: (s32[], f32[8])) -> pred[] {
+  %q.1 = (s32[], f32[8]{0}) parameter(0)
+  %j.1 = s32[] get-tuple-element(%q.1), index=0
+  ROOT %go = pred[] compare(%j.1, %j.1), direction=LT
+}
+
+ENTRY %main (a: f32[8,16], b: f32[16,32], c: f32[8], n: s32[]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %b = f32[16,32]{1,0} parameter(1)
+  %c = f32[8]{0} parameter(2)
+  %n = s32[] parameter(3)
+  %zero = s32[] constant(0)
+  %in = (s32[], f32[8,16]{1,0}, f32[16,32]{1,0}) tuple(%zero, %a, %b)
+  %loop = (s32[], f32[8,16]{1,0}, f32[16,32]{1,0}) while(%in), condition=%condition, body=%body
+  %in.2 = (s32[], f32[8]{0}) tuple(%n, %c)
+  %loop.2 = (s32[], f32[8]{0}) while(%in.2), condition=%condition.2, body=%body.2
+  ROOT %out = f32[8,16]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_loops_products_and_transfers_by_hand():
+    total, once = costs_of(BY_HAND, V5P, unknown_trips=3)
+    product = 2 * 8 * 16 * 32
+    assert (total.flops, once.flops) == (5 * product, product)
+    assert total.bytes == 5 * 4 * (8 * 16 + 16 * 32 + 8 * 32)
+    gathered, scattered = total.collectives["all-gather"], total.collectives["reduce-scatter"]
+    # Each of four sends its part to three others; of two, half goes to the other.
+    assert (gathered.count, gathered.bytes) == (5, 5 * 3 * 4 * 8 * 16)
+    assert (scattered.count, scattered.bytes) == (3, 3 * 4 * 8 / 2)
+    assert (total.unknown_loops, once.unknown_loops) == (1, 0)
+    assert total.sent == gathered.bytes + scattered.bytes
+    slow = V5P._replace(link_bytes=1.0)
+    assert total.roofline(slow) == total.sent  # transfers take longer than the work beside them
+
+
+@pytest.mark.parametrize("layers", [1, 7])
+def test_flops_of_a_compiled_scan_grow_with_its_length(layers):
+    width, rows = 48, 32
+
+    def run(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), ()), x, weights)[0].sum()
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, width), (layers, width, width))]
+    compiled = jax.jit(jax.grad(run, (0, 1))).lower(*shapes).compile()
+    total, once = costs_of(compiled.as_text(), V5P)
+    assert total.unknown_loops == 0
+    assert total.flops == 3 * layers * 2 * rows * width * width  # forward, and twice that backward
+    # XLA counts a body once, and the elements of everything else too.
+    assert once.flops <= compiled.cost_analysis()["flops"] < 1.2 * once.flops
+
+
+def test_a_batched_product_as_a_tpu_writes_it():
+    """[8, 2, 4, 768, 128] by [8, 2, 1535, 128], its batch as windows over a dilated operand."""
+    line = (
+        "  ROOT %c = f32[8,2,4,768,1535]{4,3,2,1,0} convolution(%q, %k), window={size=8x2x1 "
+        "stride=7x1x1 lhs_dilate=8x2x1}, dim_labels=012bf_01oi2->012bf"
+    )
+    text = f"""ENTRY %main (q: f32[8,2,4,768,128], k: f32[8,2,1535,128,1]) -> f32[8,2,4,768,1535] {{
+  %q = f32[8,2,4,768,128]{{4,3,2,1,0}} parameter(0)
+  %k = f32[8,2,1535,128,1]{{3,2,1,0,4}} parameter(1)
+{line}
+}}
+"""
+    total, _ = costs_of(text, V5P)
+    assert total.flops == 2 * 8 * 2 * 4 * 768 * 1535 * 128
+
+
+@pytest.mark.parametrize("name", ["v5p:4x4", "v9:2x2", "v5p", "h100:0", "h100:2x2", "v6e:0x2", ""])
+def test_an_unknown_topology_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match="known: v4:{2x2x1.*v5p:{.*4x4x4.*v6e.*h100:{1,8"):
+        topology.parse(name)
+
+
+def test_names_of_topologies():
+    found = topology.parse("v5p:4x4x4")
+    assert (found.chips, found.platform, found.chip) == (64, "tpu", V5P)
+    cards = topology.parse("h100:16")
+    assert (cards.chips, cards.platform) == (16, "gpu")
+
+
+def test_tpus_need_their_compiler(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'dppo-jax\[plan\]'"):
+        topology.prepare([topology.parse("v6e:2x2")])
+
+
+def test_columns_of_a_table():
+    assert table([["", "a"], ["long", "12"]]) == "       a\nlong  12"
+
+
+def test_a_plan_for_gpus_by_the_verb():
+    """Two cards: every program of the arithmetic recipe, memory by the compiler of this CPU."""
+    command = [sys.executable, "-m", "dppo_jax", "plan", "configs/recipes/arithmetic_cpu.gin"]
+    overrides = ["PROMPTS_PER_STEP=8", "decoder.DecoderConfig.layers=2", "MAX_NEW_TOKENS=9"]
+    done = subprocess.run(
+        [*command, "--topology", "h100:2", "--price", "3.6", "--json"]
+        + [f"--gin.{override}" for override in overrides],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    plan = json.loads(done.stdout)
+    assert (plan["chips"], plan["mesh"], plan["estimated_memory"]) == (2, {"fsdp": 2}, True)
+    programs = plan["programs"]
+    assert list(programs) == ["weight sync", "prefill", "decode", "scoring", "update"]
+    assert plan["fits"] and all(p["left"] > 0 for p in programs.values())
+    # 4 sequences of 8 prompts x 8 samples / 2 devices... keys and values, 2 layers of 4 heads x 32
+    cache = 2 * 2 * 4 * 32 * 4 * (4 * 6 + 32 * 9)
+    assert programs["decode"]["cache"] == cache
+    # Parameters, two moments and the tables of an update are all split in two.
+    parameters = 2 * 128 * (4 * 128 + 3 * 384) + 16 * 128
+    assert 12 * parameters / 2 < programs["update"]["arguments"] < 1.2 * 12 * parameters / 2
+    assert programs["update"]["runs"] == 4 and programs["update"]["collectives"]["all-gather"]
+    tokens = 8 * (6 + 8 * 8)  # of a step's update; the head and attention come on top
+    least = 6 * tokens * 2 * 128 * (4 * 128 + 3 * 384) / 2 / 4
+    assert least < programs["update"]["flops"] < 1.3 * least
+    step = sum(
+        p["runs"] * max(p["roofline_seconds"], p["compiler_seconds"] or 0)
+        for p in programs.values()
+    )
+    assert plan["step_seconds"] == pytest.approx(step)
+    assert plan["cost"]["run"] == pytest.approx(140 * 2 * 3.6 * step / 3600)

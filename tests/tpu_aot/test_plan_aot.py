@@ -1,0 +1,57 @@
+"""`dppo plan` through libtpu's compiler, on a model that compiles in seconds."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.tpu_aot,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+]
+REPOSITORY = Path(__file__).parent.parent.parent
+TINY = ["PROMPTS_PER_STEP=16", "decoder.DecoderConfig.layers=2", "MAX_NEW_TOKENS=9"]
+
+
+def dppo_plan(*options: str, status: int = 0) -> subprocess.CompletedProcess:
+    """The arithmetic recipe's plan."""
+    recipe = "configs/recipes/arithmetic_cpu.gin"
+    done = subprocess.run(
+        [sys.executable, "-m", "dppo_jax", "plan", recipe, *options]
+        + [f"--gin.{override}" for override in TINY],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        timeout=900,
+    )
+    assert done.returncode == status, done.stderr[-2000:]
+    return done
+
+
+def test_every_program_of_a_step_compiles_for_a_tpu():
+    done = dppo_plan("--topology", "v5e:2x2", "--json")
+    plan = json.loads(done.stdout)
+    print(plan)
+    programs = plan["programs"]
+    assert (plan["chips"], plan["mesh"], plan["fits"]) == (4, {"fsdp": 4}, True)
+    assert list(programs) == ["weight sync", "prefill", "decode", "scoring", "update"]
+    weights = 2 * 128 * (4 * 128 + 3 * 384)
+    tokens = 16 * (6 + 8 * 8) / 4 / 4  # a chip, of a gradient step
+    update = programs["update"]
+    assert 1 < update["flops"] / (6 * tokens * weights) < 1.3
+    state = 12 * (weights + 16 * 128) / 4
+    assert 1 < update["arguments"] / state < 1.5  # TPUs pad what is small
+    decoded = 8 * 16 * 8 / 4 * weights * 2  # tokens after the first, of 16 x 8 sequences
+    assert 1 < programs["decode"]["flops"] / decoded < 1.3
+    assert all(p["compiler_seconds"] > 0 for name, p in programs.items() if p["flops"])
+    assert plan["step_seconds"] > 0 and plan["tokens_per_second_per_chip"] > 0
+
+
+def test_an_unknown_slice_lists_the_known_ones():
+    done = dppo_plan("--topology", "v5p:3x3x3", status=2)
+    assert "known of v5p: 2x2x1, 2x2x2" in done.stderr and "Traceback" not in done.stderr
