@@ -1,0 +1,262 @@
+"""The engine's device programs: prefill into pages, and a chunk of decoding.
+
+Pure functions of parameters, pages and plain numbers that the host writes; `engine` calls them.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dppo_jax.kernels.drawing import Drawn
+from dppo_jax.kernels.rows import RowSampling
+from dppo_jax.kernels.sampler import sample_rows
+from dppo_jax.models.attention import Prefix, attention
+from dppo_jax.models.block import Block
+from dppo_jax.models.decoder import Decoder, Model, Params, rope_tables
+from dppo_jax.sampling.paged_attention import (
+    attend_view,
+    no_recent,
+    tokens_of,
+    with_column,
+)
+from dppo_jax.sampling.paged_cache import (
+    LayerPages,
+    copy_pages,
+    restored,
+    rounded,
+    storage_dtype,
+    view_of,
+    write_pages,
+    write_tokens,
+)
+from dppo_jax.sharding import constrain
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What is compiled in; everything else is data."""
+
+    chunk: int
+    max_context: int
+    top_k_capture: int
+    raw_logp: bool
+    cache_dtype: str
+
+
+class Slots(NamedTuple):
+    """The decode slots at a chunk's beginning, written by the host."""
+
+    table: Int[Array, "B E"]  # pages of the tokens so far
+    new_pages: Int[Array, "B F"]  # the chunk's, from the one that token `length` goes to
+    length: Int[Array, " B"]  # tokens so far, prompt included
+    drawn: Int[Array, " B"]  # of them, tokens of the response
+    remaining: Int[Array, " B"]  # tokens that may yet be drawn; 0: nobody is in the slot
+    stop_ids: Int[Array, "B S"]  # -1 where there is room
+    rows: RowSampling
+    history: Int[Array, "B max_context"] | None  # tokens so far, -1 after them
+
+
+class Chunk(NamedTuple):
+    """What a chunk drew: the first `counts` columns of each slot."""
+
+    drawn: Drawn  # [B, C, ...]
+    counts: Int[Array, " B"]
+    stopped: Bool[Array, " B"]  # the last of them is a stop id
+    steps: Int[Array, ""]
+
+
+def _blocks(decoder: Decoder) -> list[Block]:
+    """One slice a layer, so that a loop reads weights and copies none."""
+    graphdef, stacked = nnx.split(decoder.blocks)
+    return [
+        nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+        for i in range(decoder.config.layers)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "programs"), donate_argnames=("pages",))
+def prefill(
+    params: Params,
+    pages: list[LayerPages],
+    tokens: Int[Array, "N L"],
+    lengths: Int[Array, " N"],
+    to: Int[Array, "N E"],
+    prefix: Int[Array, "N Q"] | None,
+    prefix_lengths: Int[Array, " N"],
+    *,
+    model: Model,
+    programs: Programs,
+) -> tuple[list[LayerPages], Float[Array, "N D"]]:
+    """Writes the keys and values of `tokens` to pages `to`; the last token's hidden state.
+
+    A row's first `lengths` tokens are real, and follow `prefix_lengths` tokens that lie in the
+    pages `prefix`, right-aligned. Keys and values are rounded as they are stored before anything
+    attends to them, so that recomputing a context gives what decoding it gave.
+    """
+    decoder, c = model.bind(params), model.config
+    rows, width = tokens.shape
+    page_size = pages[0].kv.shape[1]
+    columns = jnp.arange(width)
+    mask = columns < lengths[:, None]
+    positions = (prefix_lengths[:, None] + columns).reshape(-1)
+    tables = rope_tables(c, programs.max_context + width)
+    ropes = [(cos[positions], sin[positions]) for cos, sin in tables]
+    dtype = storage_dtype(c, programs.cache_dtype)
+    x = constrain(decoder.embed(tokens.reshape(-1)), "batch", None)
+    new_pages = []
+    for block, layer, window in zip(_blocks(decoder), pages, c.windows, strict=True):
+        q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
+        new = rounded(k, v, dtype)
+        k, v = restored(new, x.dtype)
+        q, k, v = (t.reshape(rows, 1, width, *t.shape[1:]) for t in (q, k, v))
+        before = None
+        if prefix is not None:
+            kept = jax.tree.map(lambda leaf: leaf[prefix].reshape(rows, -1, *leaf.shape[2:]), layer)
+            places = prefix.shape[1] * page_size
+            seen = jnp.arange(places) >= places - prefix_lengths[:, None]
+            before = Prefix(*restored(kept, x.dtype), seen)
+        out = attention(
+            q, k, v, mask[:, None], before,
+            scale=c.attention_scale, soft_cap=c.attention_soft_cap, window=window,
+        )  # fmt: skip
+        x = constrain(block.finish(x, out.reshape(rows * width, -1)), "batch", None)
+        new = jax.tree.map(lambda leaf: leaf.reshape(rows, width, *leaf.shape[1:]), new)
+        new_pages.append(write_pages(layer, new, to))
+    last = x.reshape(rows, width, -1)[jnp.arange(rows), jnp.maximum(lengths - 1, 0)]
+    return new_pages, decoder.normed(last)
+
+
+@functools.partial(jax.jit, donate_argnames=("pages",))
+def copy(pages: list[LayerPages], source: Int[Array, " N"], to: Int[Array, " N"]):
+    """The pages with some copied; numbers beyond the last page are copied nowhere."""
+    return [copy_pages(layer, source, to) for layer in pages]
+
+
+@functools.partial(jax.jit, donate_argnames=("hidden",))
+def place(hidden: Float[Array, "B D"], last: Float[Array, "N D"], row: Int[Array, " B"]):
+    """The slots' hidden states, those with row >= 0 taken from `last`."""
+    return jnp.where(row[:, None] >= 0, last[jnp.maximum(row, 0)], hidden)
+
+
+class _Progress(NamedTuple):
+    step: Int[Array, ""]
+    hidden: Float[Array, "B D"]  # of the last token, which predicts the next
+    recent: list
+    active: Bool[Array, " B"]
+    stopped: Bool[Array, " B"]
+    counts: Int[Array, " B"]
+    record: Drawn  # [C, B, ...]
+    history: Int[Array, "B max_context"] | None
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "programs"), donate_argnames=("pages", "hidden")
+)
+def decode_chunk(
+    params: Params,
+    pages: list[LayerPages],
+    hidden: Float[Array, "B D"],
+    slots: Slots,
+    *,
+    model: Model,
+    programs: Programs,
+) -> tuple[list[LayerPages], Float[Array, "B D"], Chunk]:
+    """Draws up to `programs.chunk` tokens in each slot, fewer where all have ended before.
+
+    A step draws from the hidden states, then runs the drawn tokens through the layers. The loop
+    reads the tokens of earlier chunks from a view of their pages made once, and writes its own to
+    a column a step; they go to their pages at its end.
+    """
+    decoder, c = model.bind(params), model.config
+    blocks, unembedding = _blocks(decoder), decoder.unembedding_matrix()
+    batch, page_size = len(slots.length), pages[0].kv.shape[1]
+    dtype = storage_dtype(c, programs.cache_dtype)
+    tables = rope_tables(c, programs.max_context)
+    views = [view_of(layer, slots.table) for layer in pages]
+    everyone = jnp.arange(batch)
+
+    def through_layers(token, step, recent):
+        position = jnp.minimum(slots.length + step, programs.max_context - 1)
+        ropes = [(cos[position], sin[position]) for cos, sin in tables]
+        x = constrain(decoder.embed(token), "batch", None)
+        new_recent = []
+        for block, view, room, window in zip(blocks, views, recent, c.windows, strict=True):
+            q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
+            room = with_column(room, rounded(k, v, dtype), step)
+            x = block.finish(x, attend_view(c, q, view, slots.length, room, step, window))
+            new_recent.append(room)
+        return decoder.normed(x), new_recent
+
+    def advance(p: _Progress) -> _Progress:
+        drawn = sample_rows(
+            p.hidden,
+            unembedding,
+            slots.rows,
+            slots.drawn + p.step,
+            p.history,
+            top_k_capture=programs.top_k_capture,
+            soft_cap=c.final_soft_cap,
+            raw_logp=programs.raw_logp,
+        )
+        if drawn.raw_logp is not None:
+            drawn = drawn._replace(logp=drawn.raw_logp)
+        drawn = drawn._replace(raw_logp=None)
+        record = jax.tree.map(lambda room, leaf: room.at[p.step].set(leaf), p.record, drawn)
+        stop = p.active & jnp.any(drawn.token[:, None] == slots.stop_ids, axis=1)
+        counts = p.counts + p.active
+        history = p.history
+        if history is not None:
+            at = jnp.where(p.active, slots.length + p.step, programs.max_context)
+            history = history.at[everyone, at].set(drawn.token, mode="drop")
+        hidden, recent = through_layers(drawn.token, p.step, p.recent)
+        return _Progress(
+            step=p.step + 1,
+            hidden=hidden,
+            recent=recent,
+            active=p.active & ~stop & (counts < slots.remaining),
+            stopped=p.stopped | stop,
+            counts=counts,
+            record=record,
+            history=history,
+        )
+
+    def room(shape, kind):
+        return jnp.zeros((programs.chunk, batch, *shape), kind)
+
+    stored = (programs.top_k_capture,)
+    p = jax.lax.while_loop(
+        lambda p: (p.step < programs.chunk) & jnp.any(p.active),
+        advance,
+        _Progress(
+            step=jnp.int32(0),
+            hidden=hidden,
+            recent=[no_recent(view, programs.chunk) for view in views],
+            active=slots.remaining > 0,
+            stopped=jnp.zeros((batch,), bool),
+            counts=jnp.zeros((batch,), jnp.int32),
+            record=Drawn(
+                token=room((), jnp.int32),
+                logp=room((), jnp.float32),
+                topk_ids=room(stored, jnp.int32),
+                topk_logp=room(stored, jnp.float32),
+                entropy=room((), jnp.float32),
+            ),
+            history=slots.history,
+        ),
+    )
+    # Column t is token `length + t`: of the chunk's pages, counted from the one `length` is in.
+    columns = jnp.arange(programs.chunk)
+    place_in_new = slots.length[:, None] % page_size + columns
+    to = jnp.take_along_axis(slots.new_pages, place_in_new // page_size, axis=1)
+    to = jnp.where(columns < p.counts[:, None], to, len(pages[0].kv))
+    new_pages = [
+        write_tokens(layer, tokens_of(room), to, place_in_new % page_size)
+        for layer, room in zip(pages, p.recent, strict=True)
+    ]
+    by_slot = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), p.record)
+    return new_pages, p.hidden, Chunk(by_slot, p.counts, p.stopped, p.step)

@@ -1,0 +1,151 @@
+"""The host's record of each sample while the engine draws it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dppo_jax.records import FINISH_LENGTH, FINISH_STOP
+from dppo_jax.sampling.requests import Completion, SamplingParams, Timings
+
+Detokenize = Callable[[Sequence[int]], str]
+
+
+class Tokens(NamedTuple):
+    """What was drawn and recorded, T tokens of one sample; fields as in `Completion`."""
+
+    tokens: Int[np.ndarray, " T"]
+    logp: Float[np.ndarray, " T"]
+    topk_ids: Int[np.ndarray, "T K"]
+    topk_logp: Float[np.ndarray, "T K"]
+    entropy: Float[np.ndarray, " T"]
+    policy_version: Int[np.ndarray, " T"]
+
+    def first(self, count: int) -> "Tokens":
+        return Tokens(*(leaf[:count] for leaf in self))
+
+
+def no_tokens(top_k: int) -> Tokens:
+    ids, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    stored = np.zeros((0, top_k))
+    return Tokens(ids, floats, stored.astype(np.int32), stored.astype(np.float32), floats, ids)
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of one sample after `Engine.advance`: what it drew, and its completion if it ended.
+
+    The `drawn` of all its events, one after the other, are the completion's tokens: none is taken
+    back. A stop string that goes over several events ends with the token that completes it.
+    """
+
+    request: int
+    sample: int
+    drawn: Tokens
+    completion: Completion | None = None
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A sample taken out of the engine before its end; `Engine.resume` goes on with it."""
+
+    request: int
+    sample: int
+    prompt: Int[np.ndarray, " L"]
+    sampling: SamplingParams
+    so_far: Tokens
+    timings: Timings
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and its n samples."""
+
+    id: int
+    prompt: np.ndarray
+    sampling: SamplingParams
+
+
+@dataclass(eq=False)
+class Sample:
+    """One sample: waiting in the queue, or in a slot and holding pages."""
+
+    request: Request
+    index: int
+    drawn: list[Tokens]
+    waiting_since: float
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    shard: int = -1
+    slot: int = -1  # within the shard
+    pages: list[int] = field(default_factory=list)
+    length: int = 0  # tokens whose keys and values are in the pages
+    admitted: int = 0  # the order in which slots were given; a larger one is preempted first
+
+    @property
+    def count(self) -> int:
+        return sum(len(part.tokens) for part in self.drawn)
+
+    @property
+    def remaining(self) -> int:
+        return self.request.sampling.max_new_tokens - self.count
+
+    @property
+    def context(self) -> np.ndarray:
+        """Prompt and response so far."""
+        return np.concatenate([self.request.prompt, *(part.tokens for part in self.drawn)])
+
+    @property
+    def timings(self) -> Timings:
+        return Timings(self.queue_seconds, self.prefill_seconds, self.decode_seconds)
+
+    def so_far(self) -> Tokens:
+        if len(self.drawn) > 1:
+            self.drawn = [Tokens(*(np.concatenate(leaf) for leaf in zip(*self.drawn, strict=True)))]
+        return self.drawn[0]
+
+    def take(self, new: Tokens, stopped: bool, detokenize: Detokenize | None) -> Event:
+        """Adds what a chunk drew; the event that tells it, with a completion where it ended."""
+        before = self.count
+        self.drawn.append(new)
+        cut = self._stop_string(before, detokenize)
+        if cut is not None:
+            self.drawn = [self.so_far().first(cut)]
+            new, stopped = new.first(cut - before), True
+        completion = None
+        if stopped or self.remaining == 0:
+            reason = FINISH_STOP if stopped else FINISH_LENGTH
+            completion = Completion(
+                **self.so_far()._asdict(), finish_reason=reason, timings=self.timings
+            )
+        return Event(self.request.id, self.index, new, completion)
+
+    def _stop_string(self, before: int, detokenize: Detokenize | None) -> int | None:
+        """How many tokens there are once a stop string is complete; None where none is."""
+        strings = self.request.sampling.stop_strings
+        if not strings or detokenize is None:
+            return None
+
+        def found(count: int) -> bool:
+            text = detokenize(tokens[:count])
+            return any(string in text for string in strings)
+
+        tokens = self.so_far().tokens.tolist()
+        if not found(len(tokens)):
+            return None
+        return next(count for count in range(before + 1, len(tokens) + 1) if found(count))
+
+
+def refusal(request: int, sample: int, top_k: int, reason: str) -> Event:
+    """The event of a sample that cannot be drawn."""
+    nothing = no_tokens(top_k)
+    completion = Completion(
+        **nothing._asdict(),
+        finish_reason=FINISH_LENGTH,
+        timings=Timings(0.0, 0.0, 0.0),
+        error=reason,
+    )
+    return Event(request, sample, nothing, completion)

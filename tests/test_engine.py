@@ -1,0 +1,258 @@
+"""The rollout engine against a reference that computes the whole forward pass for every token."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dppo_jax.metrics import CompilationCounter
+from dppo_jax.models.decoder import full_forward
+from dppo_jax.records import FINISH_LENGTH, FINISH_STOP
+from dppo_jax.sampling.engine import Engine, EngineConfig
+from dppo_jax.sampling.pages import Pages
+from dppo_jax.sampling.requests import SamplingParams
+
+CONFIG = EngineConfig(
+    slots=3,
+    max_context=32,
+    chunk=4,
+    page_size=4,
+    prefill_buckets=(32,),
+    prefill_tokens=64,
+    top_k_capture=5,
+)
+PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11], [1, 2, 3, 4]]
+MIXED = [
+    SamplingParams(max_new_tokens=13, n=2, seed=5),
+    SamplingParams(max_new_tokens=9, temperature=0.0),
+    SamplingParams(max_new_tokens=3, n=3, temperature=0.7, seed=2**40, stop_ids=(3, 22)),
+    SamplingParams(max_new_tokens=15, n=1, seed=1),
+]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _plain(model, params, ids, length):
+    decoder = model.bind(params)
+    hidden, _ = full_forward(decoder, ids, jnp.arange(ids.shape[1])[None] < length)
+    return decoder.logits(hidden)[0]
+
+
+def plain_logits(model, params, tokens):
+    """Logits after each token, without a cache."""
+    padded = np.zeros((1, 32), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(_plain(model, params, padded, len(tokens)))[: len(tokens)]
+
+
+def check(tiny, prompt, sampling, completion, atol=1e-4):
+    """A completion is what the reference says, token by token."""
+    assert completion.error is None
+    tokens, count = completion.tokens.tolist(), len(completion.tokens)
+    logits = plain_logits(*tiny, [*prompt, *tokens])[len(prompt) - 1 : -1]
+    logp = np.asarray(jax.nn.log_softmax(logits / (sampling.temperature or 1.0), axis=-1))
+    np.testing.assert_allclose(completion.logp, logp[np.arange(count), tokens], atol=atol)
+    np.testing.assert_allclose(completion.entropy, -(np.exp(logp) * logp).sum(1), atol=10 * atol)
+    best = np.sort(logp, axis=1)[:, ::-1][:, : completion.topk_logp.shape[1]]
+    np.testing.assert_allclose(completion.topk_logp, best, atol=atol)
+    stored = np.take_along_axis(logp, completion.topk_ids, axis=1)
+    np.testing.assert_allclose(stored, best, atol=atol)
+    if sampling.temperature == 0:
+        np.testing.assert_allclose(completion.logp, best[:, 0], atol=atol)
+    assert 1 <= count <= sampling.max_new_tokens
+    assert not set(tokens[:-1]) & set(sampling.stop_ids)
+    stopped = tokens[-1] in sampling.stop_ids
+    assert completion.finish_reason == (FINISH_STOP if stopped else FINISH_LENGTH)
+    assert stopped or count == sampling.max_new_tokens
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    engine = Engine(tiny[0], CONFIG)
+    engine.warm_up(tiny[1])
+    return engine
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny, engine):
+    return engine.generate(tiny[1], PROMPTS, MIXED)
+
+
+def emptied(engine):
+    """Everything has been given back."""
+    assert engine.pending == 0
+    for shard in engine._scheduler.shards:
+        assert shard.pages.held == 0 and not shard.prefilled
+        assert shard.free == len(shard.slots)
+    return True
+
+
+def test_samples_are_the_references(tiny, engine, mixed):
+    """Prompts of several lengths, more samples than slots, one batch of unlike parameters."""
+    for prompt, sampling, completions in zip(PROMPTS, MIXED, mixed, strict=True):
+        assert len(completions) == sampling.n
+        for completion in completions:
+            check(tiny, prompt, sampling, completion)
+            assert completion.timings.decode > 0
+        assert completions[0].timings.prefill > 0
+    assert [c.finish_name for c in mixed[2]].count("stop") > 0
+    assert not np.array_equal(mixed[0][0].tokens, mixed[0][1].tokens)
+    assert emptied(engine)
+
+
+def test_the_batch_changes_no_token(tiny, engine, mixed):
+    """Each request alone, and all in another order, draw what they drew together."""
+    alone = [engine.generate(tiny[1], [p], s)[0] for p, s in zip(PROMPTS, MIXED, strict=True)]
+    turned = engine.generate(tiny[1], PROMPTS[::-1], MIXED[::-1])[::-1]
+    for other in (alone, turned):
+        for ours, theirs in zip(mixed, other, strict=True):
+            for one, two in zip(ours, theirs, strict=True):
+                np.testing.assert_array_equal(one.tokens, two.tokens)
+                np.testing.assert_allclose(one.logp, two.logp, atol=1e-5)
+
+
+def test_nothing_compiles_after_the_warm_up(tiny, engine, mixed):
+    counter, before = CompilationCounter(), engine.stats.compilations
+    again = engine.generate(tiny[1], PROMPTS[1:], MIXED[1:])
+    assert [len(c[0].tokens) for c in again] == [len(c[0].tokens) for c in mixed[1:]]
+    assert counter.total == 0
+    assert engine.stats.compilations == before > 0
+
+
+def test_prompts_share_what_they_have_in_common(tiny, engine):
+    """Samples of a prompt compute it once; a longer prompt computes only what is new."""
+    start, sampling = [30, 29, 28, 27, 26, 25, 24, 23, 22], SamplingParams(max_new_tokens=2, n=2)
+    before = dataclasses.replace(engine.stats)
+    [both] = engine.generate(tiny[1], [start], sampling)
+    assert engine.stats.prefill_tokens - before.prefill_tokens == 9
+    longer = [[*start, 5, 6, 7], [*start[:8], 1], start[:8]]
+    out = engine.generate(tiny[1], longer, sampling)
+    # Two whole pages are known of the first two; of the third one: its last token is computed.
+    assert engine.stats.cached_tokens - before.cached_tokens == 8 + 8 + 4
+    assert engine.stats.prefill_tokens - before.prefill_tokens == 9 + 4 + 1 + 4
+    for prompt, completions in zip([start, *longer], [both, *out], strict=True):
+        for completion in completions:
+            check(tiny, prompt, sampling, completion)
+    together = [[13, 12, 11, 10, 9, last] for last in range(3)]  # unknown, and in one batch
+    before = dataclasses.replace(engine.stats)
+    out = engine.generate(tiny[1], together, sampling)
+    for prompt, [one, _] in zip(together, out, strict=True):
+        check(tiny, prompt, sampling, one)
+    assert engine.stats.cached_tokens - before.cached_tokens == 8
+
+
+def test_pages_that_run_out_delay_and_preempt(tiny, mixed):
+    """With pages for little more than one sequence everybody is served, with the same tokens."""
+    engine = Engine(tiny[0], CONFIG)
+    engine._scheduler.shards[0].pages = Pages(7)  # of the arrays' 24: nothing else is compiled
+    scarce = engine.generate(tiny[1], PROMPTS, MIXED)
+    for ours, theirs in zip(mixed, scarce, strict=True):
+        for one, two in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(one.tokens, two.tokens)
+            np.testing.assert_allclose(one.logp, two.logp, atol=1e-5)
+    assert engine.stats.preemptions > 0
+    assert engine.stats.pages_held_most <= 7
+    assert emptied(engine)
+    # One that can never be served is told so, and holds up nobody.
+    large = SamplingParams(max_new_tokens=25)
+    [refused], [served] = engine.generate(tiny[1], [PROMPTS[0], PROMPTS[1]], [large, MIXED[1]])
+    assert "30 tokens need 8 pages of the cache, which has 7" in refused.error
+    assert refused.finish_name == "error" and len(refused.tokens) == 0
+    check(tiny, PROMPTS[1], MIXED[1], served)
+
+
+def test_new_parameters_are_noticed(tiny, engine):
+    """A prefix computed with other parameters is not used, whether or not the version says so."""
+    model, params = tiny
+    prompt, sampling = [3] * 9, SamplingParams(max_new_tokens=6, temperature=0.0)
+    other = jax.tree.map(lambda leaf: leaf * 0.9, params)
+    for used in (params, other):
+        [[one]] = engine.generate(used, [prompt], sampling)
+        check((model, used), prompt, sampling, one)
+
+
+def test_a_sample_goes_on_with_new_parameters(tiny, engine):
+    """Taken out after a chunk and resumed: each token has the version that drew it."""
+    model, params = tiny
+    other = jax.tree.map(lambda leaf: leaf * 0.9, params)
+    sampling = SamplingParams(max_new_tokens=10, n=2, seed=3)
+    request = engine.submit(PROMPTS[0], sampling)
+    told = engine.advance(params, policy_version=4)
+    assert [(e.request, e.sample, len(e.drawn.tokens)) for e in told] == [
+        (request, 0, 4),
+        (request, 1, 4),
+    ]
+    first, second = engine.take_unfinished()
+    assert emptied(engine) and first.request == request
+    assert (second.sample, len(second.so_far.tokens)) == (1, 4)
+    resumed = engine.resume(second)
+    events = []
+    while engine.pending:
+        events += engine.advance(other, policy_version=5)
+    assert {e.request for e in events} == {resumed}
+    done = events[-1].completion
+    assert done.policy_version.tolist() == [4] * 4 + [5] * 6
+    np.testing.assert_array_equal(done.tokens[:4], told[1].drawn.tokens)
+    np.testing.assert_array_equal(done.tokens[4:], np.concatenate([e.drawn.tokens for e in events]))
+    logits = plain_logits(model, other, [*PROMPTS[0], *done.tokens])[len(PROMPTS[0]) - 1 : -1]
+    logp = np.asarray(jax.nn.log_softmax(logits, axis=-1))[np.arange(10), done.tokens]
+    np.testing.assert_allclose(done.logp[4:], logp[4:], atol=1e-4)
+    with pytest.raises(ValueError, match="requests are pending"):
+        engine.submit(PROMPTS[0], sampling)
+        engine.generate(params, PROMPTS, sampling)
+    assert len(engine.take_unfinished()) == 2 and emptied(engine)
+
+
+def test_stop_strings_end_where_they_are_complete(tiny, engine, mixed):
+    """Token 20 is "t20 ": a string over two tokens is found wherever a chunk ends."""
+    speaking = dataclasses.replace(engine)
+    speaking.detokenize = lambda ids: "".join(f"t{i} " for i in ids)
+    sampling = dataclasses.replace(MIXED[0], n=1)
+    tokens = mixed[0][0].tokens.tolist()
+    for at in (1, 4, 6):
+        string = f"{tokens[at - 1]} t{tokens[at]} "
+        [[one]] = speaking.generate(
+            tiny[1], [PROMPTS[0]], dataclasses.replace(sampling, stop_strings=("nowhere", string))
+        )
+        assert string in speaking.detokenize(tokens[: len(one.tokens)])
+        assert string not in speaking.detokenize(tokens[: len(one.tokens) - 1])
+        assert one.tokens.tolist() == tokens[: len(one.tokens)] and len(one.logp) <= at + 1
+        assert one.finish_reason == FINISH_STOP
+    with_string = dataclasses.replace(sampling, stop_strings=("x",))
+    [[mute]] = engine.generate(tiny[1], [PROMPTS[0]], with_string)
+    assert "detokenize" in mute.error
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "says"),
+    [
+        ([], SamplingParams(max_new_tokens=2), "no tokens"),
+        ([40], SamplingParams(max_new_tokens=2), "outside the vocabulary of 37"),
+        ([1] * 30, SamplingParams(max_new_tokens=9), "exceed the engine's max_context=32"),
+        ([1], SamplingParams(max_new_tokens=2, stop_ids=(99,)), "stop_ids or logit_bias"),
+        ([1], SamplingParams(max_new_tokens=2, stop_ids=tuple(range(9))), "room for 8"),
+    ],
+)
+def test_a_bad_request_is_one_line_and_others_go_on(tiny, engine, prompt, sampling, says):
+    [refused], [served] = engine.generate(tiny[1], [prompt, PROMPTS[1]], [sampling, MIXED[1]])
+    assert says in refused.error and "\n" not in refused.error
+    check(tiny, PROMPTS[1], MIXED[1], served)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(pages=3, cache_bytes=4), "set one of them"),
+        (dict(prefill_buckets=(8,)), "before max_context=32"),
+        (dict(cache_dtype="float8"), "cache_dtype='float8'"),
+        (dict(chunk=0), "chunk=0 must be at least 1"),
+        (dict(cache_bytes=10), "less than one page of"),
+        (dict(top_k_capture=38), "more than the model's vocabulary of 37"),
+    ],
+)
+def test_contradictions_are_one_line(tiny, change, says):
+    with pytest.raises(ValueError, match=says) as error:
+        Engine(tiny[0], dataclasses.replace(CONFIG, **change))
+    assert "\n" not in str(error.value)
