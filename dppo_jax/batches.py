@@ -39,18 +39,21 @@ def make_batch_of(
     critic: Critic | None = None,
     *,
     temperature: float,
-) -> Callable[[TrainState, Params | None, Rollout, Array], tuple[Batch, Metrics]]:
+) -> Callable[..., tuple[Batch, Metrics]]:
     """(state, reference's parameters, rollout, rewards [P, G]) -> (batch, metrics), jitted.
+
+    With LoRA the base's parameters are a fifth argument.
 
     Whatever must be known before the step's updates is scored here, once: the policy itself, the
     reference and the critic, each only where somebody asks for it.
     """
     needs = needs_of(objective, advantage, penalty)
 
-    def fields_of(state, reference, rollout, rewards) -> tuple[dict[str, Any], Metrics]:
+    def fields_of(state, reference, rollout, rewards, base) -> tuple[dict[str, Any], Metrics]:
         fields: dict[str, Any] = {}
         if needs & {"logp_old", "uniform_logp"}:
-            old = score(model, state.params, rollout, temperature=temperature)
+            policy = model.policy(state.params, base)
+            old = score(model, policy, rollout, temperature=temperature)
             fields |= dict(
                 logp_old=old.logp, topk_logp_old=old.topk_logp, uniform_logp_old=old.uniform_logp
             )
@@ -78,9 +81,13 @@ def make_batch_of(
     jitted = jax.jit(fields_of)
 
     def batch_of(
-        state: TrainState, reference: Params | None, rollout: Rollout, rewards: Array
+        state: TrainState,
+        reference: Params | None,
+        rollout: Rollout,
+        rewards: Array,
+        base: Params | None = None,
     ) -> tuple[Batch, Metrics]:
-        fields, metrics = jitted(state, reference, rollout, rewards)
+        fields, metrics = jitted(state, reference, rollout, rewards, base)
         return Batch(rollout, **fields), metrics
 
     return batch_of

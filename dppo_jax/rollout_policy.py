@@ -62,20 +62,25 @@ def noisy_weights(scale: float) -> RolloutPolicy:
 def stale(steps: int) -> RolloutPolicy:
     """The parameters of `steps` steps ago; the first ones until there are such.
 
-    Remembers `steps` copies of the parameters, on the devices and in the checkpoints.
+    Remembers `steps` copies of the parameters (with LoRA of the adapters), on the devices and in
+    the checkpoints.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: rollouts are at least 1 step old; current() has none")
 
+    def changing(params: Params) -> Params:
+        return params.get("adapters", params)
+
     def init(params: Params) -> State:
-        return jax.tree.map(lambda p: jnp.repeat(p[None], steps, axis=0), params)
+        return jax.tree.map(lambda p: jnp.repeat(p[None], steps, axis=0), changing(params))
 
     def choose(
         history: State, params: Params, step: Int[Array, ""], key: Array
     ) -> tuple[Params, State]:
         slot = step % steps  # written `steps` steps ago, and now again
         oldest = jax.tree.map(lambda h: h[slot], history)
-        return oldest, jax.tree.map(lambda h, p: h.at[slot].set(p), history, params)
+        history = jax.tree.map(lambda h, p: h.at[slot].set(p), history, changing(params))
+        return params | {"adapters": oldest} if "adapters" in params else oldest, history
 
     return RolloutPolicy(init, choose)
 

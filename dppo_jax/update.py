@@ -25,7 +25,8 @@ from dppo_jax.records import (
 from dppo_jax.scoring import kept_sizes, loss_and_score, mismatch, score, tightness
 from dppo_jax.sharding import constrain
 
-# (state, batch), and the parameters that sampled where the objective needs "exact_divergence"
+# (state, batch), the parameters that sampled where the objective needs "exact_divergence" (else
+# None), and with LoRA the base's
 Update = Callable[..., tuple[TrainState, Metrics]]
 
 
@@ -150,6 +151,7 @@ def make_update(
     argument: a copy, where they are the state's own.
     `mismatch/*` compares the scored policy with the sampler's: numerical mismatch alone on the
     first step after a rollout, with the policy's movement on top in later ones.
+    With LoRA the state's parameters are the adapters; the base, a fourth argument, is not donated.
     """
 
     # What else an objective may need is not among the terms that the single pass hands out.
@@ -157,9 +159,13 @@ def make_update(
     token_local = objective.token_local if plain else None
 
     exact = "exact_divergence" in objective.needs
+    dropout = model.dropout
 
     def update(
-        state: TrainState, batch: Batch, rollout_params: Params | None = None
+        state: TrainState,
+        batch: Batch,
+        rollout_params: Params | None = None,
+        base: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
         if exact != (rollout_params is not None):
             raise ValueError(
@@ -168,8 +174,10 @@ def make_update(
             )
         counted = isinstance(state.token_counts, jax.Array)
 
-        def loss_of(trained: tuple[Params, Any], rows: Batch) -> LossSum:
-            params, value_params = trained
+        def loss_of(trained: tuple[Params, Any], part: tuple[Batch, Any]) -> LossSum:
+            (adapted, value_params), (rows, seeds) = trained, part
+            key = jax.random.key(seeds[0]) if dropout else None
+            params = model.policy(adapted, base, key)
             rows = dataclasses.replace(
                 rows,
                 objective_state=state.objective_state,
@@ -196,7 +204,10 @@ def make_update(
             return out._replace(metrics=out.metrics | more)
 
         trained = (state.params, () if critic is None else state.critic.params)
-        (grads, value_grads), total = accumulate(loss_of, trained, batch, microbatches)
+        # A seed for each prompt, so that every microbatch drops out units of its own.
+        drawn = jax.random.key(state.step), (len(batch.rollout.prompt_tokens),)
+        rows = batch, jax.random.bits(*drawn) if dropout else ()
+        (grads, value_grads), total = accumulate(loss_of, trained, rows, microbatches)
         after, norms = apply_gradient(state, grads, optimizer, "update")
         metrics = total.metrics | _total(total) | norms
         if critic is not None:

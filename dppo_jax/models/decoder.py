@@ -207,6 +207,8 @@ def response_states(
 class Model:
     """A decoder split once: a static graph, and pure functions from a dict of parameters."""
 
+    dropout = False  # whether the update wants a key in `policy`
+
     def __init__(self, config: DecoderConfig):
         self.config = config
         abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
@@ -230,6 +232,10 @@ class Model:
     def policy(self, params: Params, frozen: Params | None = None, key: Any = None) -> Params:
         """What `bind` takes, of the trained parameters and of those that stay (`LoraModel`)."""
         return params
+
+    def copied(self, policy: Params) -> Params:
+        """A policy that is there when an update has donated its trained parameters."""
+        return jax.tree.map(jnp.copy, policy)
 
     @property
     def logical_axes(self) -> Params:

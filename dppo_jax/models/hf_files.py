@@ -51,7 +51,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         single = folder / SINGLE
         if not single.is_file():
             raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
-        return _tensors_of(single)
+        return tensors_of(single)
     try:
         listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
         files = sorted(set(listed.values()))
@@ -62,14 +62,15 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         first = next(name for name, where in listed.items() if where == file)
         if Path(file).name != file or not (folder / file).is_file():
             raise ValueError(f"{folder} lacks {file}, which should hold {first}")
-        found |= _tensors_of(folder / file)
+        found |= tensors_of(folder / file)
     for name, file in listed.items():
         if name not in found or found[name].file.name != file:
             raise ValueError(f"{folder / file} lacks {name}, which {INDEX} says it holds")
     return {name: found[name] for name in listed} | found
 
 
-def _tensors_of(path: Path) -> dict[str, Stored]:
+def tensors_of(path: Path) -> dict[str, Stored]:
+    """All tensors of one safetensors file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -123,19 +124,20 @@ def write_tensors(
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors" if several else SINGLE
         weight_map.update(dict.fromkeys(group, file))
-        _write_file(folder / file, {n: shapes[n] for n in group}, made, numbers, NAMES[dtype])
+        write_file(folder / file, {n: shapes[n] for n in group}, made, numbers, NAMES[dtype])
     if several:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(
+def write_file(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterator[np.ndarray],
     numbers: np.dtype,
     kind: str,
 ) -> None:
+    """Writes one safetensors file; `tensors` come in the order of `shapes`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
     begin = 0
     for name, shape in shapes.items():

@@ -35,14 +35,19 @@ class LoraModel(Model):
                 f"dropout={lora.dropout}: adapters of experts have none; set 0, or leave "
                 f"{', '.join(sorted(of_experts))} out of targets"
             )
-        self.lora = lora
+        self.lora, self.dropout = lora, lora.dropout > 0
         abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), lora))
         self._adapted_graphdef, self._adapted = nnx.split(abstract)
 
     def policy(self, params: Params, frozen: Params | None = None, key: Any = None) -> Params:
         """What `bind` takes: the adapters `params` over the base `frozen`; `key` is dropout's."""
         whole = {"base": frozen, "adapters": params}
-        return whole | {"dropout": key} if key is not None and self.lora.dropout else whole
+        return whole if key is None else whole | {"dropout": key}
+
+    def copied(self, policy: Params) -> Params:
+        if "adapters" not in policy:
+            return super().copied(policy)
+        return policy | {"adapters": super().copied(policy["adapters"])}
 
     def bind(self, params: Params) -> Decoder:
         if "adapters" not in params:
