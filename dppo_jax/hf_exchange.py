@@ -15,7 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dppo_jax.checkpoint import load_params, save_params
+from dppo_jax.checkpoint import save_params
+from dppo_jax.lora_run import load_adapters, load_policy
+from dppo_jax.models import peft
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model, Params
 from dppo_jax.models.hf_config import (
@@ -29,6 +31,7 @@ from dppo_jax.models.hf_config import (
 )
 from dppo_jax.models.hf_files import NAMES
 from dppo_jax.models.hf_weights import read_params, write_params
+from dppo_jax.models.lora import LoraModel, merged
 from dppo_jax.sharding import shardings_of
 
 ORIGIN = "hf"  # the folder of an imported checkpoint that holds the small files
@@ -60,17 +63,11 @@ def read_hf(folder: Path, mesh: Mesh) -> Imported:
 
 
 def load_model(directory: Path, model: Model, mesh: Mesh) -> Params:
-    """The parameters of a run's newest checkpoint, or of a Hugging Face folder."""
-    shardings = shardings_of(model.logical_axes, mesh)
+    """The parameters of a run's newest checkpoint, adapters merged, or of a Hugging Face folder."""
     if is_hf(directory):
         check_same(str(directory), model.config)
-        return read_params(directory, model, shardings)
-    asked = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        model.abstract_params,
-        shardings,
-    )
-    return load_params(directory, asked)
+        return read_params(directory, model, shardings_of(model.logical_axes, mesh))
+    return load_policy(directory, model, mesh)
 
 
 def is_hf(directory: Path) -> bool:
@@ -113,6 +110,37 @@ def export_hf(
     model = Model(config)
     with new_folder(out) as place:
         write_folder(place, model, load_model(checkpoint, model, mesh), described, dtype, like)
+    return dtype
+
+
+def with_adapter(imported: Imported, folder: Path, mesh: Mesh) -> Imported:
+    """The imported model with the adapter of a PEFT folder merged into its weights."""
+    model = LoraModel(imported.model.config, peft.adapter(str(folder)))
+    adapters = peft.read_adapters(folder, model, shardings_of(model.adapter_axes, mesh))
+    params = merged(model, model.policy(adapters, imported.params))
+    return imported._replace(params=params)
+
+
+def export_adapter(
+    checkpoint: Path,
+    out: Path,
+    config: DecoderConfig,
+    mesh: Mesh,
+    *,
+    like: Path | None = None,
+    dtype: str | None = None,
+) -> str:
+    """Writes the adapters of a run with LoRA as a folder that PEFT loads over the base `like`."""
+    dtype = dtype or "float32"
+    if dtype not in NAMES:
+        raise ValueError(f"dtype {dtype!r}: use one of {', '.join(NAMES)}")
+    found = load_adapters(checkpoint, config, mesh)
+    if found is None:
+        raise ValueError(f"{checkpoint} holds no adapters: it was not trained with LoRA")
+    model, policy = found
+    with new_folder(out) as place:
+        base = None if like is None else str(like)
+        peft.write_adapters(place, model, policy["adapters"], base=base, dtype=dtype)
     return dtype
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dppo_jax.checkpoint import load_params
+from dppo_jax.lora_run import load_policy
 from dppo_jax.models.decoder import Model, Params
 from dppo_jax.models.hf_config import check_same
 from dppo_jax.models.hf_weights import read_params
@@ -69,6 +69,13 @@ def hf_policy(path: str) -> InitialPolicy:
     return HuggingFacePolicy(path)
 
 
+def hf_folder(policy: InitialPolicy) -> str | None:
+    """The Hugging Face folder that these parameters can be read from again, if any."""
+    if isinstance(policy, HuggingFacePolicy):
+        return str(Path(policy.path).expanduser().absolute())
+    return None
+
+
 @dataclass(frozen=True)
 class CheckpointPolicy:
     """The newest checkpoint of another run; made by `checkpoint_policy`."""
@@ -76,16 +83,11 @@ class CheckpointPolicy:
     directory: str
 
     def __call__(self, c: InitialContext) -> Params:
-        like = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            c.model.abstract_params,
-            c.shardings,
-        )
-        return load_params(Path(self.directory).expanduser(), like)
+        return load_policy(Path(self.directory).expanduser(), c.model, c.mesh)
 
 
 def checkpoint_policy(directory: str) -> InitialPolicy:
-    """The newest checkpoint of another run, or what `dppo import-hf` wrote."""
+    """The newest checkpoint of another run (adapters merged), or what `dppo import-hf` wrote."""
     return CheckpointPolicy(directory)
 
 

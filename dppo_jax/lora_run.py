@@ -46,31 +46,31 @@ def begin(model: Model, params: Params, key: jax.Array, mesh: Mesh) -> Parts:
     return Parts(jax.jit(model.init_adapters, out_shardings=shardings)(key), params)
 
 
-def like(model: Model, mesh: Mesh) -> Params:
-    """Shapes and shardings of the parameters that a run with this model trains."""
+def begin_again(directory: Path, model: Model, key: jax.Array, mesh: Mesh) -> Parts:
+    """The base of the run in this directory, and parameters to be replaced by a checkpoint's."""
     if isinstance(model, LoraModel):
-        return _abstract(model.abstract_adapters, model.adapter_axes, mesh)
-    return _abstract(model.abstract_params, model.logical_axes, mesh)
+        shardings = shardings_of(model.adapter_axes, mesh)
+        adapters = jax.jit(model.init_adapters, out_shardings=shardings)(key)
+        return Parts(adapters, load_base(directory, model, mesh))
+    shardings = shardings_of(model.logical_axes, mesh)
+    return Parts(jax.jit(model.init, out_shardings=shardings)(key), None)
 
 
-def keep(directory: Path, model: Model, base: Params | None, folder: str | None) -> dict[str, str]:
-    """Writes the base, unless it can be read again from the Hugging Face `folder`.
+def keep(directory: Path, model: Model, base: Any, folder: str | None) -> dict[str, str]:
+    """Writes the base, unless it can be read again from a Hugging Face folder.
 
     Returns the texts of the files that say so.
     """
     if not isinstance(model, LoraModel):
         return {}
-    assert base is not None
     if folder is None and newest_step(directory / "base") is None:
         save_params(directory / "base", base)
     kept = dataclasses.asdict(model.lora) | {"base": folder}
     return {KEPT: json.dumps(kept, indent=2) + "\n"}
 
 
-def load_base(directory: Path, model: Model, mesh: Mesh) -> Params | None:
-    """The base of a run's adapters; None for a model without any."""
-    if not isinstance(model, LoraModel):
-        return None
+def load_base(directory: Path, model: LoraModel, mesh: Mesh) -> Params:
+    """The base of a run's adapters."""
     folder = _kept(directory)["base"]
     if folder is None:
         return load_params(

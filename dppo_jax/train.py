@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dppo_jax import lora_run
 from dppo_jax.advantages import Estimator, group_mean_baseline
 from dppo_jax.answers import log_samples, reward_metrics
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
@@ -32,10 +33,11 @@ from dppo_jax.evaluate import (
     open_answers,
     sample,
 )
-from dppo_jax.initial_policy import InitialContext, InitialPolicy
+from dppo_jax.initial_policy import InitialContext, InitialPolicy, hf_folder
 from dppo_jax.masked_tokens import as_json, most_masked
 from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
-from dppo_jax.models.decoder import DecoderConfig, Model, Params
+from dppo_jax.models.decoder import DecoderConfig, Params
+from dppo_jax.models.lora import LoraConfig
 from dppo_jax.multihost import is_writer, to_global_rows
 from dppo_jax.preflight import check_needs, check_sizes, write_files
 from dppo_jax.prompts import overlap as overlaps
@@ -46,7 +48,7 @@ from dppo_jax.records import Metrics, Objective, TrainState
 from dppo_jax.rewards.verdicts import Verifier, check_examples
 from dppo_jax.rollout_policy import RolloutPolicy, current
 from dppo_jax.sampling.generate import SamplingConfig
-from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
+from dppo_jax.sharding import MeshConfig, batch_sharding
 from dppo_jax.timing import Pace, Stopwatch
 from dppo_jax.update import init_state, make_tightness, make_update, take_prompts
 
@@ -74,6 +76,7 @@ def train(
     advantage: Estimator = group_mean_baseline,
     reward_penalty: RewardPenalty | None = None,
     reference: InitialPolicy | None = None,
+    lora: LoraConfig | None = None,
     critic: ValueModel | None = None,
     rollout_policy: RolloutPolicy = current(),  # noqa: B008  immutable
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  frozen
@@ -96,6 +99,7 @@ def train(
     the first `eval_prompts` of the data set's `eval_split`) happens before, every `eval_every`
     steps (0: never) and after. Problems that they share with training are told, or refused.
     `reference` is what KL terms are measured from: by default the policy that the run starts with.
+    With `lora` only adapters are trained, and the default reference is the policy without them.
     Every `exact_divergence_every` steps (0: never) `scoring.tightness` is measured after the step.
     Raises ValueError with one line where the configuration contradicts itself, and then leaves no
     `workdir` behind. `configuration` is what the run was asked for, as texts by file name; they
@@ -106,7 +110,7 @@ def train(
     console = console or Console(quiet=not is_writer())
     compilations = CompilationCounter()
     directory = Path(workdir)
-    network = Model(model)
+    network = lora_run.network_of(model, lora)
     devices = mesh.build()
     rows = batch_sharding(devices)
     sampling = dataclasses.replace(sampling, end_ids=(tokenizer.end_id,))
@@ -158,14 +162,14 @@ def train(
     tightness = make_tightness(network, sampling.temperature, parts=minibatches * microbatches)
     exact = "exact_divergence" in objective.needs
 
-    def fresh_state(params: Params) -> TrainState:
-        memory = rollout_policy.init(params)
+    def fresh_state(params: Params, base: Params | None) -> TrainState:
+        memory = rollout_policy.init(network.policy(params, base))
         state = init_state(params, optimizer, objective.initial_state, memory)
         counts = jnp.zeros((3, model.vocab_size), jnp.int32)
         state = dataclasses.replace(state, token_counts=counts)
         if valued is None:
             return state
-        values = valued.init_sharded(jax.random.fold_in(initial_key, 1), params, devices)
+        values = valued.init_sharded(jax.random.fold_in(initial_key, 1), base or params, devices)
         return dataclasses.replace(state, critic=init_state(values, valued.optimizer))
 
     # ---- restart order: the run's own newest checkpoint, else the initial policy -------------
@@ -194,8 +198,9 @@ def train(
                     seconds_left=(time.monotonic() - started) / step * (of - step),
                 ),
             )
-            state = fresh_state(initial_policy(context))
-            evaluated = evaluate(state.params)
+            params, base = lora_run.begin(network, initial_policy(context), initial_key, devices)
+            state = fresh_state(params, base)
+            evaluated = evaluate(network.policy(state.params, base))
             before = evaluated.as_dict()
             for name, each in accuracies(before).items():
                 console.say(f"initial policy: {name} {each['accuracy']:.3f}")
@@ -205,28 +210,30 @@ def train(
                 "seconds": time.monotonic() - started,
             }
             seconds_before = 0.0
-            write_files(directory, configuration or {})
+            kept_base = lora_run.keep(directory, network, base, hf_folder(initial_policy))
+            write_files(directory, kept_base | dict(configuration or {}))
             kept = open_answers(directory, 0)
             evaluated.write(kept, 0)
-            if "logp_ref" in needs:
+            if "logp_ref" in needs and (reference or not base):
                 frozen = reference(context) if reference else jax.tree.map(jnp.copy, state.params)
                 if newest_step(directory / "reference") is None:
                     save_params(directory / "reference", frozen)
             checkpoints = Checkpoints(directory / "checkpoints")
             checkpoints.save(0, state, key, position)
         else:
-            shardings = shardings_of(network.logical_axes, devices)
-            like = fresh_state(jax.jit(network.init, out_shardings=shardings)(key))
+            params, base = lora_run.begin_again(directory, network, key, devices)
+            like = fresh_state(params, base)
             checkpoints = Checkpoints(directory / "checkpoints")
             state, _, position = checkpoints.restore(done, like, key)
-            if "logp_ref" in needs:
-                frozen = load_params(directory / "reference", state.params)
+            if "logp_ref" in needs and (reference or not base):
+                frozen = load_params(directory / "reference", base or state.params)
             prompts.set_state(position["prompts"])
             before = position["before"]
             seconds_before = position["seconds"]
             write_files(directory, configuration or {})
             kept = open_answers(directory, min(done + 1, steps))
             console.say(f"resuming {directory} after step {done} of {steps}")
+        frozen = frozen or base  # with LoRA by default the policy without its adapters
         log, samples = (
             JsonLines(directory / name, resume_at=done, quiet=not is_writer())
             for name in ("metrics.jsonl", "samples.jsonl")
@@ -238,9 +245,10 @@ def train(
             compiled, clock = compilations.total, Stopwatch()
             problems = next(prompts)
             step_key = jax.random.fold_in(sampling_key, step)
-            mu, memory = choose(state.rollout_memory, state.params, step, step_key)
+            whole = network.policy(state.params, base)
+            mu, memory = choose(state.rollout_memory, whole, step, step_key)
             # A copy, since updates donate their parameters; each step, so that none compiles late.
-            rollout_params = jax.tree.map(jnp.copy, mu) if exact or exact_divergence_every else None
+            rollout_params = network.copied(mu) if exact or exact_divergence_every else None
             state = dataclasses.replace(state, rollout_memory=memory)
             rollout = sample(network, mu, problems, step_key, mesh=devices, settings=sampling)
             jax.block_until_ready(rollout)
@@ -252,7 +260,7 @@ def train(
             rewards = answers.rewards(sampling.samples_per_prompt)
             clock.lap("rewards")
 
-            batch, known = batch_of(state, frozen, rollout, to_global_rows(rewards, rows))
+            batch, known = batch_of(state, frozen, rollout, to_global_rows(rewards, rows), base)
             jax.block_until_ready(batch)
             clock.lap("scoring")
 
@@ -260,7 +268,7 @@ def train(
             gathered = []
             for chosen in order.reshape(minibatches, -1):
                 minibatch = take_prompts(batch, jnp.asarray(chosen))
-                state, metrics = update(state, minibatch, rollout_params if exact else None)
+                state, metrics = update(state, minibatch, rollout_params if exact else None, base)
                 gathered.append(metrics)
             numbers = _step_numbers(gathered) | reduce_metrics(known)
             clock.lap("update")
@@ -280,12 +288,14 @@ def train(
             if step > done and numbers["time/compilations"]:
                 console.say(f"step {step + 1} recompiled: shapes or types changed since step 1")
             if eval_every and (step + 1) % eval_every == 0 and step + 1 < steps:
-                evaluated = evaluate(state.params)
+                evaluated = evaluate(network.policy(state.params, base))
                 evaluated.write(kept, step + 1)
                 numbers |= evaluated.as_metrics()
             measured = exact_divergence_every and (step + 1) % exact_divergence_every == 0
             if measured and rollout_params:
-                numbers |= reduce_metrics(tightness(rollout_params, state.params, rollout))
+                numbers |= reduce_metrics(
+                    tightness(rollout_params, network.policy(state.params, base), rollout)
+                )
             log.write(step=step, **numbers)
             log_samples(samples, step, problems.examples, answers, samples_logged)
             _refuse_not_finite(numbers, step)
@@ -309,7 +319,7 @@ def train(
         console.finish_line()
 
         # ---- the result -----------------------------------------------------------------------
-        evaluated = evaluate(state.params)
+        evaluated = evaluate(network.policy(state.params, base))
         evaluated.write(kept, steps)
         after = evaluated.as_dict()
         masked = most_masked(jax.device_get(state.token_counts), tokenizer)

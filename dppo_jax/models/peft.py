@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from dppo_jax.models.adapters import ADAPTABLE, A, B, LoraConfig
-from dppo_jax.models.decoder import Model, Params
+from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf_config import read_json
 from dppo_jax.models.hf_files import DTYPES, NAMES, Stored, tensors_of, write_file
 from dppo_jax.models.hf_weights import OUTSIDE, leaves_of
@@ -29,7 +29,7 @@ PREFIX = "base_model.model."
 UNKNOWN = (
     "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
     "lora_bias", "fan_in_fan_out", "target_parameters", "trainable_token_indices",
-    "layer_replication", "exclude_modules", "alora_invocation_tokens", "use_qalora", "megatron_config",
+    "layer_replication", "alora_invocation_tokens", "use_qalora", "megatron_config",
 )  # fmt: skip
 # theirs -> ours, for what names its module by a last part
 MODULES = {
@@ -54,11 +54,9 @@ def adapter(path: str, dropout: float = 0.0) -> LoraConfig:
         raise ValueError(f"{folder / CONFIG} sets bias to {described['bias']}: only none is known")
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} lacks {WEIGHTS}; pickled adapters are not read")
-    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors_of(folder / WEIGHTS)}
+    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in _adapter_tensors(folder)}
     for module in sorted(modules - MODULES.keys()):
-        raise ValueError(
-            f"{folder / WEIGHTS} adapts {module}; known are {', '.join(MODULES)}, experts one by one"
-        )
+        raise ValueError(f"{folder / WEIGHTS} adapts {module}; known are {', '.join(MODULES)}")
     found = {MODULES[module] for module in modules}
     try:
         rank, alpha = int(described["r"]), float(described["lora_alpha"])
@@ -84,7 +82,7 @@ def read_adapters(folder: Path, model: LoraModel, shardings: Any) -> Params:
 
     Raises ValueError naming the first tensor that is missing, of another shape, or too many.
     """
-    found, places = tensors_of(folder / WEIGHTS), _places(model)
+    found, places = _adapter_tensors(folder), _places(model)
     for name, (_, _, shape) in places.items():
         if name not in found:
             raise ValueError(f"{folder / WEIGHTS} lacks {name}")
@@ -142,6 +140,12 @@ def write_adapters(
     shapes = {name: shape for name, (_, _, shape) in places.items()}
     write_file(folder / WEIGHTS, shapes, tensors(), DTYPES[NAMES[dtype]], NAMES[dtype])
     (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _adapter_tensors(folder: Path) -> dict[str, Stored]:
+    """The folder's tensors but copies of frozen ones, which PEFT keeps of an adapted lm_head."""
+    found = tensors_of(folder / WEIGHTS)
+    return {name: at for name, at in found.items() if not name.endswith(".base_layer.weight")}
 
 
 def _places(model: LoraModel) -> dict[str, tuple[tuple[str, ...], Any, tuple[int, ...]]]:

@@ -27,6 +27,9 @@ def add(verbs: Any) -> None:
         help="first compare logits, greedy tokens and the exported folder with transformers; exit "
         "status 1, and nothing written, where they differ",
     )
+    importer.add_argument(
+        "--adapter", metavar="PEFT_DIR", help="merge this adapter of PEFT's into the weights"
+    )
     importer.add_argument("--json", action="store_true", help="print one JSON object")
 
     exporter = add_verb(
@@ -46,17 +49,29 @@ def add(verbs: Any) -> None:
     exporter.add_argument(
         "--dtype", help="float32, bfloat16 or float16 (default: that of --like, else float32)"
     )
+    exporter.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapters of a run with LoRA as PEFT does; else they are merged",
+    )
     exporter.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _import(options: argparse.Namespace) -> None:
     command.start_jax()
-    from dppo_jax.hf_exchange import architecture_of, check_new, read_hf, write_checkpoint
+    from dppo_jax.hf_exchange import (
+        architecture_of,
+        check_new,
+        read_hf,
+        with_adapter,
+        write_checkpoint,
+    )
     from dppo_jax.sharding import MeshConfig
 
     folder, out = Path(options.folder).expanduser(), Path(options.out)
     check_new(out)
-    imported = read_hf(folder, MeshConfig().build())
+    mesh = MeshConfig().build()
+    imported = read_hf(folder, mesh)
     report: dict[str, Any] = {
         "path": str(out),
         "architecture": architecture_of(folder),
@@ -68,6 +83,9 @@ def _import(options: argparse.Namespace) -> None:
         report |= verify(imported)
     correct = report.get("ok", True)
     if correct:
+        if options.adapter:
+            report["adapter"] = options.adapter
+            imported = with_adapter(imported, Path(options.adapter).expanduser(), mesh)
         write_checkpoint(imported, out)
     _show(report, f"{folder} -> {out}", options.json)
     if not correct:
@@ -76,7 +94,7 @@ def _import(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     command.start_jax()
-    from dppo_jax.hf_exchange import ORIGIN, check_new, export_hf
+    from dppo_jax.hf_exchange import ORIGIN, check_new, export_adapter, export_hf
     from dppo_jax.models.hf_config import config_of
     from dppo_jax.sharding import MeshConfig
 
@@ -88,7 +106,8 @@ def _export(options: argparse.Namespace) -> None:
     else:
         config, start = _of_run(checkpoint)
     like = Path(options.like).expanduser() if options.like else start
-    dtype = export_hf(checkpoint, out, config, MeshConfig().build(), like=like, dtype=options.dtype)
+    export = export_adapter if options.adapter else export_hf
+    dtype = export(checkpoint, out, config, MeshConfig().build(), like=like, dtype=options.dtype)
     report = {"path": str(out), "dtype": dtype, "like": str(like) if like else None}
     _show(report, f"{checkpoint} -> {out}", options.json)
 
