@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dppo_jax.advantages import group_mean_baseline
 from dppo_jax.console import Console
@@ -19,6 +20,7 @@ from dppo_jax.optimizer import adamw
 from dppo_jax.records import Batch, Prompts
 from dppo_jax.sampling.generate import SamplingConfig, generate
 from dppo_jax.scoring import score
+from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides, shardings_of
 from dppo_jax.update import init_state, make_update
 
 PEAK_SIZE = 2048  # of the square matrices whose product is the peak
@@ -91,8 +93,11 @@ def bench_step(
     kv_heads: int = 0,
     experts: int = 0,
     experts_per_token: int = 0,
+    data: int = 1,
 ) -> dict[str, Any]:
     """Times the parts of a DPPO-Binary-TV step on random weights; nothing ends early.
+
+    All devices take part: `data` copies of the parameters, each split over the devices that remain.
 
     With `kv_heads` (0: as many as heads) the model is Qwen3's, with `experts` Qwen3-MoE's, of MLPs
     of `mlp` each.
@@ -132,12 +137,71 @@ def bench_step(
         max_new_tokens=response_length, samples_per_prompt=samples, top_k_capture=top_k
     )
     settings.check(vocab)
+    mesh = MeshConfig(data=data).build()
+    check_divides(mesh, "batch", {"prompts / microbatches": prompts // microbatches})
+    peak_before = matmul_peak()
+    with jax.set_mesh(mesh):
+        seconds = _seconds_of_parts(
+            config, mesh, settings, prompts, prompt_length, microbatches, repeats
+        )
+    peak = max(peak_before, matmul_peak())
+    flops = step_flops(config, prompts, samples, prompt_length, response_length)
+    parts = {}
+    for name, measured in seconds.items():
+        median = statistics.median(measured)
+        parts[name] = {
+            "seconds": median,
+            "seconds_min": min(measured),
+            "flops": flops[name],
+            "fraction_of_peak": flops[name] / median / peak,
+            "in_step": name != "scoring",
+        }
+    abstract = jax.tree.leaves(Model(config).abstract_params)
+    in_step = [part for part in parts.values() if part["in_step"]]
+    step_seconds = sum(part["seconds"] for part in in_step)
+    work = sum(part["flops"] for part in in_step)
+    return {
+        "seconds": step_seconds,
+        "flops": work,
+        "fraction_of_peak": work / step_seconds / peak,
+        "tokens_per_second": prompts * samples * response_length / step_seconds,
+        "parts": parts,
+        "peak_flops_per_second": peak,
+        "shape": dict(
+            vocab=vocab, width=width, layers=layers, heads=heads, head_size=head_size, mlp=mlp,
+            prompts=prompts, samples=samples, prompt_length=prompt_length,
+            response_length=response_length, top_k=top_k, microbatches=microbatches,
+            kv_heads=config.kv_heads, experts=experts, experts_per_token=experts_per_token,
+            parameters=int(sum(np.prod(p.shape) for p in abstract)),
+        ),
+        "repeats": repeats,
+        "machine": {
+            "device": jax.devices()[0].device_kind,
+            "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+            "devices": jax.device_count(),
+            "cores": os.cpu_count(),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+    }  # fmt: skip
+
+
+def _seconds_of_parts(
+    config: DecoderConfig,
+    mesh: Mesh,
+    settings: SamplingConfig,
+    prompts: int,
+    prompt_length: int,
+    microbatches: int,
+    repeats: int,
+) -> dict[str, list[float]]:
     model, key = Model(config), jax.random.key(0)
     optimizer = adamw(learning_rate=1e-6)
-    state = init_state(jax.jit(model.init)(key), optimizer)
-    tokens = jax.random.randint(key, (prompts, prompt_length), 0, vocab)
-    asked = Prompts(tokens, jnp.ones_like(tokens, bool))
-    peak_before = matmul_peak()
+    born = shardings_of(model.logical_axes, mesh)
+    state = init_state(jax.jit(model.init, out_shardings=born)(key), optimizer)
+    rows = batch_sharding(mesh)
+    tokens = jax.random.randint(key, (prompts, prompt_length), 0, config.vocab_size)
+    asked = jax.device_put(Prompts(tokens, jnp.ones_like(tokens, bool)), rows)
 
     rollout = generate(model, state.params, asked, key, settings=settings)
     sampling = seconds_of(
@@ -145,7 +209,7 @@ def bench_step(
     )
     scorer = jax.jit(lambda params, rollout: score(model, params, rollout, temperature=1.0))
     scoring = seconds_of(lambda: scorer(state.params, rollout), repeats)
-    rewards = (rollout.response_tokens % 2).mean(axis=1).reshape(prompts, samples)
+    rewards = (rollout.response_tokens % 2).mean(axis=1).reshape(prompts, -1)
     advantages = group_mean_baseline(rewards).reshape(-1, 1)
     batch = Batch(rollout, jnp.broadcast_to(advantages, rollout.response_mask.shape))
     update = make_update(
@@ -157,45 +221,7 @@ def bench_step(
         state, metrics = update(state, batch)
         return state, metrics
 
-    updating = seconds_of(run_update, repeats)
-    peak = max(peak_before, matmul_peak())
-    flops = step_flops(config, prompts, samples, prompt_length, response_length)
-    parts = {}
-    for name, measured in (("sampling", sampling), ("scoring", scoring), ("update", updating)):
-        median = statistics.median(measured)
-        parts[name] = {
-            "seconds": median,
-            "seconds_min": min(measured),
-            "flops": flops[name],
-            "fraction_of_peak": flops[name] / median / peak,
-            "in_step": name != "scoring",
-        }
-    in_step = [part for part in parts.values() if part["in_step"]]
-    seconds = sum(part["seconds"] for part in in_step)
-    work = sum(part["flops"] for part in in_step)
-    return {
-        "seconds": seconds,
-        "flops": work,
-        "fraction_of_peak": work / seconds / peak,
-        "tokens_per_second": prompts * samples * response_length / seconds,
-        "parts": parts,
-        "peak_flops_per_second": peak,
-        "shape": dict(
-            vocab=vocab, width=width, layers=layers, heads=heads, head_size=head_size, mlp=mlp,
-            prompts=prompts, samples=samples, prompt_length=prompt_length,
-            response_length=response_length, top_k=top_k, microbatches=microbatches,
-            kv_heads=config.kv_heads, experts=experts, experts_per_token=experts_per_token,
-            parameters=int(sum(np.prod(p.shape) for p in jax.tree.leaves(model.abstract_params))),
-        ),
-        "repeats": repeats,
-        "machine": {
-            "device": jax.devices()[0].device_kind,
-            "devices": jax.device_count(),
-            "cores": os.cpu_count(),
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
-    }  # fmt: skip
+    return {"sampling": sampling, "scoring": scoring, "update": seconds_of(run_update, repeats)}
 
 
 def show_step(result: dict[str, Any]) -> None:

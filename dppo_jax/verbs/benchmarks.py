@@ -29,7 +29,7 @@ def add(verbs: Any) -> None:
         ("vocab", 1024), ("width", 256), ("layers", 4), ("head-size", 64), ("mlp", 1024),
         ("prompts", 16), ("samples", 8), ("prompt-length", 32), ("response-length", 128),
         ("top-k", 20), ("microbatches", 4), ("repeats", 5),
-        ("kv-heads", 0), ("experts", 0), ("experts-per-token", 0),
+        ("kv-heads", 0), ("experts", 0), ("experts-per-token", 0), ("data", 1),
     ):  # fmt: skip
         step.add_argument(f"--{flag}", type=int, default=default, help=f"(default: {default})")
 
