@@ -12,7 +12,7 @@ from dppo_jax.kernels.divergences import Policy, divergences
 from dppo_jax.kernels.head import fused_loss, head
 from dppo_jax.models.decoder import Decoder, Model, Params, response_states
 from dppo_jax.records import Batch, Max, Mean, Metrics, Rollout, TokenLocal, TokenStats
-from dppo_jax.sharding import head_layout
+from dppo_jax.sharding import flatten_tokens, head_layout, unflatten_tokens
 
 
 def score(
@@ -82,7 +82,7 @@ def loss_and_score(
     """
     decoder, rollout = model.bind(params), batch.rollout
     hidden, ids = _states_and_ids(decoder, rollout)
-    weights = objective.weights(rollout.response_mask).reshape(-1)
+    weights = flatten_tokens(objective.weights(rollout.response_mask))
 
     # Flat: JAX fills the rows' structure with placeholders, which a record's fields refuse.
     leaves, structure = jax.tree.flatten(by_token(batch))
@@ -102,21 +102,23 @@ def loss_and_score(
         temperature=temperature,
         soft_cap=model.config.final_soft_cap,
         stored_gradient=rollout.kept_count is not None,
-        valid=rollout.response_mask.reshape(-1),
+        valid=flatten_tokens(rollout.response_mask),
         layout=head_layout(),
     )
-    logp = terms.logp.reshape(*rollout.response_tokens.shape, -1)
-    return total, _as_sampled(logp, terms.entropy.reshape(logp.shape[:2]), rollout)
+    shape = rollout.response_tokens.shape
+    logp, entropy = (unflatten_tokens(leaf, *shape) for leaf in (terms.logp, terms.entropy))
+    return total, _as_sampled(logp, entropy, rollout)
 
 
 def by_token(batch: Batch) -> Batch:
     """The batch with every response token as a sequence of one, without prompts."""
     rollout = batch.rollout
-    tokens, columns = rollout.response_mask.size, rollout.response_mask.shape[1]
+    tokens = rollout.response_mask.size
     nothing = jnp.zeros((tokens, 0), jnp.int32)
+    repeated = jnp.broadcast_to(rollout.finish_reason[:, None], rollout.response_mask.shape)
 
     def alone(leaf):  # [B, T, ...] -> [B*T, 1, ...]
-        return leaf.reshape(tokens, 1, *leaf.shape[2:])
+        return flatten_tokens(leaf)[:, None]
 
     def fields(record, *others):
         own = {name: value for name, value in vars(record).items() if name not in others}
@@ -126,7 +128,7 @@ def by_token(batch: Batch) -> Batch:
         Rollout(
             prompt_tokens=nothing,
             prompt_mask=nothing.astype(bool),
-            finish_reason=jnp.repeat(rollout.finish_reason, columns),
+            finish_reason=flatten_tokens(repeated),
             **fields(rollout, "prompt_tokens", "prompt_mask", "finish_reason"),
         ),
         **fields(batch, "rollout", "objective_state", "vocab_size"),
@@ -146,13 +148,13 @@ def _stats(
         stored_gradient=rollout.kept_count is not None,
         layout=head_layout(),
     )
-    logp = (out.logit_at - out.lse[:, None]).reshape(*rollout.response_tokens.shape, -1)
-    shape = logp.shape[:2]
-    stats = _as_sampled(logp, out.entropy.reshape(shape), rollout)
+    shape = rollout.response_tokens.shape
+    logp = unflatten_tokens(out.logit_at - out.lse[:, None], *shape)
+    stats = _as_sampled(logp, unflatten_tokens(out.entropy, *shape), rollout)
     even = _uniform_logp(decoder, hidden, out.lse, temperature)
     if even is None or rollout.kept_count is not None:
         return stats
-    return replace(stats, uniform_logp=even.reshape(shape))
+    return replace(stats, uniform_logp=unflatten_tokens(even, *shape))
 
 
 def _as_sampled(
@@ -239,7 +241,7 @@ def _exact(
         layout=head_layout(),
     )
     shape = rollout.response_tokens.shape
-    return _Exact(between.tv.reshape(shape), between.kl.reshape(shape))
+    return _Exact(*(unflatten_tokens(value, *shape) for value in between))
 
 
 def _states_and_ids(
@@ -254,7 +256,7 @@ def _states_and_ids(
         rollout.response_mask,
     )
     ids = jnp.concatenate([rollout.response_tokens[..., None], rollout.topk_ids], axis=-1)
-    return hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1, ids.shape[-1])
+    return flatten_tokens(hidden), flatten_tokens(ids)
 
 
 def mismatch(stats: TokenStats, rollout: Rollout) -> Metrics:

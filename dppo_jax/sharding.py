@@ -243,6 +243,51 @@ def head_layout() -> Layout | None:
     )
 
 
+def sequence_shards() -> int:
+    """How many devices the columns of a sequence are split over."""
+    return jax.sharding.get_abstract_mesh().shape.get("sequence", 1)
+
+
+def _blocks(rows: int, columns: int) -> tuple[int, int]:
+    """Into how many blocks of rows and of columns the mesh cuts an array [rows, columns]."""
+    mesh = jax.sharding.get_abstract_mesh()
+    down = math.prod(mesh.shape[axis] for axis in axes_of("batch", mesh, "compute"))
+    across = sequence_shards()
+    # What is not cut evenly is not a batch of the training step: the compiler lays it out.
+    return (down, across) if rows % down == columns % across == 0 else (1, 1)
+
+
+def flatten_tokens(x: jax.Array) -> jax.Array:
+    """[B, T, ...] as [B·T, ...], a device's tokens next to each other ("tokens" of the rules).
+
+    The order is that of the rows unless the mesh splits columns: then block by block.
+    """
+    rows, columns, *rest = x.shape
+    down, across = _blocks(rows, columns)
+    if across == 1:
+        return x.reshape(-1, *rest)
+    x = x.reshape(down, rows // down, across, columns // across, *rest).swapaxes(1, 2)
+    return _lead(x.reshape(-1, *rest), "tokens")
+
+
+def unflatten_tokens(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """The inverse of `flatten_tokens`."""
+    down, across = _blocks(rows, columns)
+    rest = x.shape[1:]
+    if across > 1:
+        x = x.reshape(down, across, rows // down, columns // across, *rest).swapaxes(1, 2)
+        return _lead(x.reshape(rows, columns, *rest), "batch", "columns")
+    return x.reshape(rows, columns, *rest)
+
+
+def _lead(x: jax.Array, *logical_axes: str) -> jax.Array:
+    """Pins the first dimensions; the others stay the compiler's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = spec_of(logical_axes, mesh, "compute")
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - len(spec))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec, *free))
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Pins an activation's sharding inside jit, where a mesh is set (`jax.set_mesh`).
 

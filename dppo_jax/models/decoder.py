@@ -17,8 +17,9 @@ from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.attention import Prefix, attention, soft_capped
 from dppo_jax.models.block import Block, gathered, norm_scale, normed, parameter
 from dppo_jax.models.config import DecoderConfig
+from dppo_jax.models.ring import split_attention
 from dppo_jax.models.rope import Rope, rotary_table
-from dppo_jax.sharding import constrain
+from dppo_jax.sharding import constrain, flatten_tokens, sequence_shards, unflatten_tokens
 
 Params = dict[str, Any]
 Window = int | Array | None  # one for all layers, or the layer's own inside a scan
@@ -117,7 +118,7 @@ def _run_layers(
     c = decoder.config
     # No position exceeds the columns of a row.
     tables = rope_tables(c, tokens.shape[1])
-    flat = positions.reshape(-1)
+    flat = flatten_tokens(positions)
     ropes = [(cos[flat], sin[flat]) for cos, sin in tables]
     graphdef, stacked = nnx.split(decoder.blocks)
     kinds = _kinds(c)
@@ -132,17 +133,17 @@ def _run_layers(
             window = kind.window
             rope = jax.tree.map(lambda *of: jnp.where(kind.local, of[-1], of[0]), *ropes)
         q, k, v = block.queries_keys_values(x, rope)
-        q, k, v = (t.reshape(*tokens.shape, *t.shape[1:]) for t in (q, k, v))
-        x = block.finish(x, attend(q, k, v, window).reshape(len(x), -1))
+        q, k, v = (unflatten_tokens(t, *tokens.shape) for t in (q, k, v))
+        x = block.finish(x, flatten_tokens(attend(q, k, v, window)))
         return constrain(x, "tokens", "width"), (k, v)
 
     if c.remat:
         layer = jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, c.remat_policy))
-    x = constrain(decoder.embed(tokens.reshape(-1)), "tokens", "width")
+    x = constrain(decoder.embed(flatten_tokens(tokens)), "tokens", "width")
     # XLA's CPU backend copies every stacked residual of a rolled loop; a few layers unroll.
     unroll = c.layers if c.layers <= 8 else 1
     x, keys_values = jax.lax.scan(layer, x, (stacked, kinds), unroll=unroll)
-    return decoder.normed(x).reshape(*tokens.shape, c.width), keys_values
+    return unflatten_tokens(decoder.normed(x), *tokens.shape), keys_values
 
 
 def _attention(config: DecoderConfig, q, k, v, mask, window: Window, prefix: Prefix | None = None):
@@ -156,8 +157,12 @@ def full_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array, 
     """Left-padded sequences at once: hidden [B, S, D], and keys, values [layers, B, S, Hkv, d]."""
 
     def attend(q, k, v, window):
-        q, k, v = (t[:, None] for t in (q, k, v))
-        return _attention(decoder.config, q, k, v, mask[:, None], window)
+        # Whole rows for whoever attends, where the mesh splits columns.
+        q, k, v = (
+            constrain(t, "batch", None, axis, None)[:, None]
+            for t, axis in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))
+        )
+        return _attention(decoder.config, q, k, v, mask[:, None], window)[:, 0]
 
     return _run_layers(decoder, tokens, positions_of(mask), attend)
 
@@ -174,7 +179,12 @@ def response_states(
     A prompt's tokens go through the layers once for its G responses, each of which attends to
     them. A row of activations is a prompt followed by its responses, so that rows stay whole on
     the devices that hold them. A response's last token is predicted and predicts nothing.
+    Where the mesh splits columns: `_split_response_states`.
     """
+    if sequence_shards() > 1:
+        return _split_response_states(
+            decoder, prompt_tokens, prompt_mask, response_tokens, response_mask
+        )
     (prompts, length), (batch, new) = prompt_tokens.shape, response_tokens.shape
     samples, fed = batch // prompts, new - 1
     lengths = positions_of(prompt_mask)[:, -1:, None] + 1
@@ -202,6 +212,53 @@ def response_states(
     )
     first = jnp.repeat(hidden[:, length - 1], samples, axis=0)
     return jnp.concatenate([first[:, None], hidden[:, length:].reshape(batch, fed, -1)], axis=1)
+
+
+def _split_response_states(
+    decoder: Decoder,
+    prompt_tokens: Int[Array, "P L"],
+    prompt_mask: Bool[Array, "P L"],
+    response_tokens: Int[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+) -> Float[Array, "B T D"]:
+    """`response_states` on a mesh whose axis `sequence` splits L and T, which it divides.
+
+    A response is fed from the prompt's last token on, so that each of its T columns predicts its
+    own token and no hidden state has to move to another device.
+    """
+    (prompts, length), (batch, new) = prompt_tokens.shape, response_tokens.shape
+    shards, samples = sequence_shards(), batch // prompts
+
+    def rows(asked, answers):  # [P, L], [P, G, T] -> [P, N]: a device's piece of every sequence
+        asked = asked.reshape(prompts, shards, -1)
+        answers = answers.reshape(prompts, samples, shards, -1).swapaxes(1, 2)
+        whole = jnp.concatenate([asked, answers.reshape(prompts, shards, -1)], axis=2)
+        return constrain(whole.reshape(prompts, -1), "batch", "columns")
+
+    def shifted(first, later):  # [P], [B, T] -> [P, G, T]
+        first = jnp.broadcast_to(first[:, None, None], (prompts, samples, 1))
+        later = later.reshape(prompts, samples, new)
+        return jnp.concatenate([first, later[..., :-1]], axis=2)
+
+    fed_mask = shifted(jnp.ones(prompts, bool), response_mask)
+    last = positions_of(prompt_mask)[:, -1:, None]
+    c = decoder.config
+
+    def attend(q, k, v, window):
+        return split_attention(
+            q, k, v, prompt_mask, fed_mask,
+            scale=c.attention_scale, soft_cap=c.attention_soft_cap, window=window,
+        )  # fmt: skip
+
+    hidden, _ = _run_layers(
+        decoder,
+        rows(prompt_tokens, shifted(prompt_tokens[:, -1], response_tokens)),
+        rows(positions_of(prompt_mask), last + positions_of(fed_mask)),
+        attend,
+    )
+    answers = hidden.reshape(prompts, shards, -1, c.width)[:, :, length // shards :]
+    answers = answers.reshape(prompts, shards, samples, -1, c.width).swapaxes(1, 2)
+    return constrain(answers.reshape(batch, new, c.width), "batch", "columns", None)
 
 
 class Model:

@@ -1,0 +1,217 @@
+"""Attention over a mesh axis that splits columns: prompts are gathered, responses go around a ring.
+
+Each device keeps the queries of its columns. A prompt's keys and values are gathered, since all of
+its responses attend to them; those of the responses visit device after device, and what a query has
+seen so far is its running maximum, sum and output (Liu et al., arXiv 2310.01889, section 3, with
+the softmax of Dao et al., arXiv 2205.14135). The backward pass goes around once more, with the
+gradients of keys and values travelling beside them. Scores of a step are of a device's queries
+against one device's keys: with n devices 1/n² of the whole square.
+
+Differs from the paper: columns are split in order, so that of causal attention the device with the
+last ones computes the most, and steps that see only the future are computed and masked.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from dppo_jax.models.attention import Keys, attend, bias_of, soft_capped
+from dppo_jax.sharding import constrain, spec_of
+
+AXIS = "sequence"
+
+
+class Seen(NamedTuple):
+    """What queries have attended to so far, unnormalised: softmax output = out / total."""
+
+    highest: Float[Array, "p h g r s 1"]  # of the scores
+    total: Float[Array, "p h g r s 1"]  # Σ e^(score - highest)
+    out: Float[Array, "p h g r s d"]  # Σ e^(score - highest) · v
+
+
+def _product(form: str, left: Array, right: Array) -> Array:
+    return jnp.einsum(form, left, right, preferred_element_type=jnp.float32)
+
+
+def _look(q: Array, keys: Keys, soft_cap: float | None, before: Seen | None) -> Seen:
+    """`before` and these keys."""
+    scores = _product(f"phgrsd,{keys.axes}->phgrst", q, keys.k)
+    scores = soft_capped(scores, soft_cap) + keys.bias
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    if before is not None:
+        highest = jnp.maximum(highest, before.highest)
+    weights = jnp.exp(scores - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = _product(f"phgrst,{keys.axes}->phgrsd", weights.astype(q.dtype), keys.v)
+    if before is None:
+        return Seen(highest, total, out)
+    faded = jnp.exp(before.highest - highest)
+    return Seen(highest, total + faded * before.total, out + faded * before.out)
+
+
+def _gradients(q, keys: Keys, soft_cap, d_out, lse, row) -> tuple[Array, Array, Array]:
+    """Of q, k and v through these keys, float32; weights recomputed as e^(score - lse)."""
+    raw = _product(f"phgrsd,{keys.axes}->phgrst", q, keys.k)
+    weights = jnp.exp(soft_capped(raw, soft_cap) + keys.bias - lse)
+    d_scores = weights * (_product(f"phgrsd,{keys.axes}->phgrst", d_out, keys.v) - row)
+    if soft_cap is not None:
+        d_scores *= 1.0 - jnp.tanh(raw / soft_cap) ** 2
+    weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
+    return (
+        _product(f"phgrst,{keys.axes}->phgrsd", d_scores, keys.k),
+        _product(f"phgrst,phgrsd->{keys.axes}", d_scores, q),
+        _product(f"phgrst,phgrsd->{keys.axes}", weights, d_out),
+    )
+
+
+def _passed_on(arrays):
+    """To the next device of the ring, from the one before."""
+    devices = lax.axis_size(AXIS)
+    ring = [(i, (i + 1) % devices) for i in range(devices)]
+    return jax.tree.map(lambda x: lax.ppermute(x, AXIS, ring), arrays)
+
+
+def _bias(mask: Bool[Array, "p g T"], step: int, length: int, window: Int[Array, ""]) -> Array:
+    """Of this device's queries against the keys that have come to it after `step` steps."""
+    here = lax.axis_index(AXIS)
+    source = (here - step) % lax.axis_size(AXIS)
+    columns = jnp.arange(length)
+    distance = here * length + columns[:, None] - (source * length + columns[None, :])
+    seen = (distance >= 0) & (distance < window)
+    theirs = lax.dynamic_slice_in_dim(mask, source * length, length, axis=2)
+    return bias_of(seen & theirs[:, :, None])[:, None, :, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def ring_attention(
+    q: Float[Array, "p h g r s d"],
+    k: Float[Array, "p h g s d"],
+    v: Float[Array, "p h g s d"],
+    prefix: Keys,
+    mask: Bool[Array, "p g T"],
+    window: Int[Array, ""],
+    soft_cap: float | None,
+) -> Float[Array, "p h g r s d"]:
+    """softmax(soft_capped(q·k) + bias)·v of this device's columns, inside `jax.shard_map`.
+
+    Over the `prefix`, which is whole here, and causally over all T columns, of which each device
+    along `sequence` has s; `mask` and `window` as in `attention`.
+    """
+    return _ring_forward(q, k, v, prefix, mask, window, soft_cap)[0]
+
+
+def _ring_forward(q, k, v, prefix, mask, window, soft_cap):
+    seen = _look(q, prefix, soft_cap, None)
+    passing = (k, v)
+    for step in range(lax.axis_size(AXIS)):
+        if step:
+            passing = _passed_on(passing)
+        keys = Keys(*passing, _bias(mask, step, q.shape[4], window))
+        seen = _look(q, keys, soft_cap, seen)
+    out = (seen.out / seen.total).astype(q.dtype)
+    return out, (q, k, v, prefix, mask, window, out, seen.highest + jnp.log(seen.total))
+
+
+def _ring_backward(soft_cap, saved, d_out):
+    q, k, v, prefix, mask, window, out, lse = saved
+    row = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    d_q, *d_prefix = _gradients(q, prefix, soft_cap, d_out, lse, row)
+    passing, d_passing = (k, v), (jnp.zeros(k.shape), jnp.zeros(v.shape))
+    for step in range(lax.axis_size(AXIS)):
+        if step:
+            passing, d_passing = _passed_on((passing, d_passing))
+        keys = Keys(*passing, _bias(mask, step, q.shape[4], window))
+        more_q, *more = _gradients(q, keys, soft_cap, d_out, lse, row)
+        d_q += more_q
+        d_passing = tuple(a + b for a, b in zip(d_passing, more, strict=True))
+    d_k, d_v = _passed_on(d_passing)  # home
+    dtype = q.dtype
+    d_prefix_k, d_prefix_v = (d.astype(dtype) for d in d_prefix)
+    of_prefix = Keys(d_prefix_k, d_prefix_v, jnp.zeros_like(prefix.bias))
+    return d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype), of_prefix, None, None
+
+
+ring_attention.defvjp(_ring_forward, _ring_backward)
+
+
+def split_attention(
+    q: Float[Array, "P N H d"],
+    k: Float[Array, "P N Hkv d"],
+    v: Float[Array, "P N Hkv d"],
+    prompt_mask: Bool[Array, "P L"],
+    mask: Bool[Array, "P G T"],
+    *,
+    scale: float,
+    soft_cap: float | None,
+    window: int | Int[Array, ""] | None,
+) -> Float[Array, "P N Hd"]:
+    """Attention of prompts and of their responses, columns split over `sequence`.
+
+    Of the N = L + G·T columns each device has a piece of the prompt and then the same piece of each
+    response (`decoder._split_response_states`). Column 0 of a response is the prompt's last one again: in the
+    prefix nobody sees that.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    length, (_, samples, _) = prompt_mask.shape[1], mask.shape
+    window = jnp.int32(2**30) if window is None else jnp.asarray(window, jnp.int32)
+
+    def local(q, k, v, prompt_mask, mask, window):
+        rows, piece = prompt_mask.shape
+        heads, groups, size = q.shape[2], k.shape[2], q.shape[3]
+        here = lax.axis_index(AXIS)
+
+        def gathered(x, axis=1):
+            return lax.all_gather(x, AXIS, axis=axis, tiled=True)
+
+        def queries(x, samples):  # [p, samples * s, H, d] -> [p, h, samples, r, s, d]
+            x = (x * scale).reshape(rows, samples, -1, groups, heads // groups, size)
+            return x.transpose(0, 3, 1, 4, 2, 5)
+
+        def responses(x):  # [p, G * s, Hkv, d] -> [p, h, G, s, d]
+            x = x[:, piece:].reshape(rows, samples, -1, groups, size)
+            return x.transpose(0, 3, 1, 2, 4)
+
+        def columns(out):  # the inverse of `queries`, heads joined
+            return out.transpose(0, 2, 4, 1, 3, 5).reshape(rows, -1, heads * size)
+
+        prompt_k, prompt_v = (gathered(x[:, :piece]).transpose(0, 2, 1, 3) for x in (k, v))
+        real = gathered(prompt_mask)[:, None, None, None, None]
+        at, keys_at = here * piece + jnp.arange(piece), jnp.arange(length)
+        distance = at[:, None] - keys_at
+        asked = real & (distance >= 0) & (distance < window)
+        own = attend(
+            queries(q[:, :piece], 1), [Keys(prompt_k, prompt_v, bias_of(asked))], soft_cap
+        )
+
+        new = mask.shape[2]
+        at = length - 1 + here * new + jnp.arange(new)
+        before = real & (at[:, None] - keys_at < window) & (keys_at < length - 1)
+        theirs = ring_attention(
+            queries(q[:, piece:], samples),
+            responses(k),
+            responses(v),
+            Keys(prompt_k, prompt_v, bias_of(before)),
+            gathered(mask, axis=2),
+            window,
+            soft_cap,
+        )
+        return jnp.concatenate([columns(own), columns(theirs)], axis=1)
+
+    def spec(*axes):
+        return spec_of(axes, mesh, "compute")
+
+    of_heads = spec("batch", "columns", "heads")
+    of_keys = spec("batch", "columns", "kv_heads")
+    masks = spec("batch", "columns"), spec("batch", None, "columns")
+    split = jax.shard_map(
+        local,
+        in_specs=(of_heads, of_keys, of_keys, *masks, spec()),
+        out_specs=of_heads,
+        check_vma=False,
+    )
+    out = split(q, k, v, prompt_mask, mask, window)
+    return constrain(out, "batch", "columns", "heads")

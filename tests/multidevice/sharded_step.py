@@ -1,0 +1,117 @@
+"""Run by test_sharded_step.py with eight CPU devices: one step's loss and gradients on many meshes.
+
+Prints for each mesh the largest difference from one device, over the values and over the gradients
+relative to the largest gradient of its parameter.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dppo_jax.models.config import DecoderConfig
+from dppo_jax.models.decoder import Model
+from dppo_jax.objectives import dppo_topk_tv
+from dppo_jax.records import Batch, Rollout
+from dppo_jax.scoring import loss_and_score, score
+from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
+
+DENSE = DecoderConfig(
+    vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_size=4, mlp_width=24,
+    qk_norm=True, qkv_bias=True, tied_embeddings=False, remat=True,
+)  # fmt: skip
+# Gemma's: soft-caps, local and global layers, windows shorter than a response and than a prompt.
+GEMMA = dataclasses.replace(
+    DENSE, window=5, local_layers=(True, False), local_rope_theta=100.0,
+    attention_soft_cap=2.0, final_soft_cap=3.0, post_norms=True, unit_offset_norms=True,
+)  # fmt: skip
+MIXTURE = dataclasses.replace(DENSE, experts=8, experts_per_token=3, normalised_gates=True)
+MODELS = {"dense": DENSE, "gemma": GEMMA, "mixture": MIXTURE}
+MESHES = {
+    "dense": (
+        dict(data=8), dict(fsdp=8), dict(data=4, tensor=2), dict(fsdp=4, tensor=2),
+        dict(fsdp=2, sequence=4), dict(sequence=4, tensor=2), dict(fsdp=2, sequence=2, tensor=2),
+    ),
+    "gemma": (dict(fsdp=2, sequence=4), dict(data=2, sequence=2, tensor=2)),
+    "mixture": (
+        dict(fsdp=4, tensor=2), dict(expert=8), dict(fsdp=2, expert=4),
+        dict(expert=4, tensor=2), dict(expert=2, sequence=2, tensor=2),
+    ),
+}  # fmt: skip
+PROMPTS, SAMPLES, LENGTH, NEW = 8, 2, 4, 8
+
+
+def rollout_of(vocabulary):
+    rng = np.random.default_rng(0)
+    batch = PROMPTS * SAMPLES
+    prompt_mask = np.arange(LENGTH) >= rng.integers(0, LENGTH, (PROMPTS, 1))  # left-padded
+    mask = np.arange(NEW) < rng.integers(1, NEW + 1, (batch, 1))
+    mask[0] = True
+    logp = -np.sort(rng.exponential(2.0, (batch, NEW, 3)), axis=-1)
+    return Rollout(
+        prompt_tokens=rng.integers(0, vocabulary, (PROMPTS, LENGTH)).astype(np.int32),
+        prompt_mask=prompt_mask,
+        response_tokens=rng.integers(0, vocabulary, (batch, NEW)).astype(np.int32),
+        response_mask=mask,
+        logp_rollout=np.where(mask, logp[..., 0], 0.0).astype(np.float32),
+        topk_ids=rng.integers(0, vocabulary, (batch, NEW, 3)).astype(np.int32),
+        topk_logp_rollout=np.where(mask[..., None], logp, 0.0).astype(np.float32),
+        entropy_rollout=np.zeros((batch, NEW), np.float32),
+        finish_reason=np.zeros(batch, np.int32),
+    )
+
+
+def program_of(model):
+    """(params, batch) -> ((loss, statistics), gradients): single pass and two passes together."""
+    objective = dppo_topk_tv(delta=10.0)
+
+    def loss(params, batch):
+        mask = batch.rollout.response_mask
+        one, stats = loss_and_score(model, params, batch, objective.token_local, temperature=0.9)
+        scored = score(model, params, batch.rollout, temperature=0.9)
+        kept = [jnp.where(mask, leaf, 0.0) for leaf in (stats.logp, scored.logp, scored.entropy)]
+        total = one + objective.loss(scored, batch).loss_sum + 0.1 * jnp.sum(kept[2])
+        return total / jnp.sum(mask), kept
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def differences(ours, theirs):
+    (value, aux), gradients = jax.device_get(ours)
+    (true_value, true_aux), true_gradients = jax.device_get(theirs)
+    largest = lambda a, b: float(np.max(np.abs(a - b)))  # noqa: E731
+    relative = jax.tree.map(
+        lambda a, b: largest(a, b) / (1e-3 + float(np.abs(b).max())), gradients, true_gradients
+    )
+    return {
+        "values": max(largest(a, b) for a, b in zip([value, *aux], [true_value, *true_aux])),
+        "gradients": max(jax.tree.leaves(relative)),
+    }
+
+
+def main(names) -> dict:
+    found = []
+    for name in names or MODELS:
+        model = Model(MODELS[name])
+        params = jax.tree.map(lambda leaf: 3 * leaf, jax.jit(model.init)(jax.random.key(0)))
+        rollout = rollout_of(model.config.vocab_size)
+        advantages = np.random.default_rng(1).normal(size=(PROMPTS * SAMPLES, 1))
+        advantages = np.broadcast_to(advantages, (PROMPTS * SAMPLES, NEW)).astype(np.float32)
+        batch = Batch(rollout, advantages)
+        alone = program_of(model)(params, batch)
+        for sizes in MESHES[name]:
+            mesh = MeshConfig(**{"fsdp": 1} | sizes).build()
+            with jax.set_mesh(mesh):
+                placed = jax.device_put(params, shardings_of(model.logical_axes, mesh))
+                rows = jax.device_put(batch, batch_sharding(mesh))
+                split = program_of(model)(placed, rows)
+            found.append({"model": name, "mesh": sizes} | differences(split, alone))
+            print(found[-1], file=sys.stderr, flush=True)
+    return {"devices": jax.device_count(), "found": found}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1:])))
