@@ -23,6 +23,7 @@ def check_sizes(
     prompts_per_step: int,
     minibatches: int,
     microbatches: int,
+    max_prompt_tokens: int,
 ) -> None:
     """Refuses contradictions before anything is computed."""
     if tokenizer.vocab_size > model.vocab_size:
@@ -75,6 +76,11 @@ def check_layout(
             "prompts of a microbatch": prompts_per_step // (minibatches * microbatches),
         },
     )
+    lengths = {
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_new_tokens": sampling.max_new_tokens,
+    }
+    check_divides(mesh, "columns", lengths, "compute")
     if mesh.shape["expert"] > 1 and not model.experts:
         raise ValueError(
             f"the mesh has expert={mesh.shape['expert']}, the model no experts: give its devices "

@@ -241,7 +241,7 @@ def _exact(
         layout=head_layout(),
     )
     shape = rollout.response_tokens.shape
-    return _Exact(*(unflatten_tokens(value, *shape) for value in between))
+    return _Exact(unflatten_tokens(between.tv, *shape), unflatten_tokens(between.kl, *shape))
 
 
 def _states_and_ids(

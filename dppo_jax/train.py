@@ -117,8 +117,9 @@ def train(
     valued = None if critic is None else Critic(critic, model)
     needs = needs_of(objective, advantage, reward_penalty)
     check_sizes(
-        model, tokenizer, sampling, devices, steps, prompts_per_step, minibatches, microbatches
-    )
+        model, tokenizer, sampling, devices, steps, prompts_per_step, minibatches, microbatches,
+        max_prompt_tokens,
+    )  # fmt: skip
     check_needs(needs, objective, valued, tokenizer, devices, sampling)
 
     source = load_train(dataset, data_dir)

@@ -197,6 +197,7 @@ FITTING = dict(
     prompts_per_step=64,
     minibatches=2,
     microbatches=2,
+    max_prompt_tokens=6,
 )
 
 
@@ -230,6 +231,8 @@ def test_meshes_that_fit(tokenizer):
         (dict(tensor=4), {}, "kv_heads=2 is not divisible by the mesh's tensor=4"),
         (dict(tensor=2), dict(mlp_width=33), "mlp_width=33 is not divisible"),
         (dict(tensor=2), dict(vocab_size=17), "vocab_size=17 is not divisible"),
+        (dict(sequence=4), {}, "max_prompt_tokens=6 is not divisible by the mesh's sequence=4"),
+        (dict(sequence=3), {}, "max_new_tokens=8 is not divisible by the mesh's sequence=3"),
         (dict(expert=2), {}, "the mesh has expert=2, the model no experts"),
         (
             dict(expert=4),

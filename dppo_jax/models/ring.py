@@ -4,8 +4,7 @@ Each device keeps the queries of its columns. A prompt's keys and values are gat
 its responses attend to them; those of the responses visit device after device, and what a query has
 seen so far is its running maximum, sum and output (Liu et al., arXiv 2310.01889, section 3, with
 the softmax of Dao et al., arXiv 2205.14135). The backward pass goes around once more, with the
-gradients of keys and values travelling beside them. Scores of a step are of a device's queries
-against one device's keys: with n devices 1/n² of the whole square.
+gradients of keys and values travelling beside them, and makes the scores again: none is kept.
 
 Differs from the paper: columns are split in order, so that of causal attention the device with the
 last ones computes the most, and steps that see only the future are computed and masked.
@@ -23,6 +22,7 @@ from dppo_jax.models.attention import Keys, attend, bias_of, soft_capped
 from dppo_jax.sharding import constrain, spec_of
 
 AXIS = "sequence"
+LARGEST = 2**26  # scores held at once; a device's queries are taken in as many blocks as that needs
 
 
 class Seen(NamedTuple):
@@ -37,8 +37,38 @@ def _product(form: str, left: Array, right: Array) -> Array:
     return jnp.einsum(form, left, right, preferred_element_type=jnp.float32)
 
 
+def _blocks(q: Array, keys: Keys) -> int:
+    """Into how many blocks the queries are cut, so that their scores stay below LARGEST."""
+    blocks, queries = 1, q.shape[4]
+    scores = q.size // q.shape[5] * keys.k.shape[-2]
+    while scores > blocks * LARGEST and queries % (2 * blocks) == 0:
+        blocks *= 2
+    return blocks
+
+
+def _cut(x: Array, blocks: int) -> Array:
+    """Blocks of queries, axis 4, lead."""
+    x = x.reshape(*x.shape[:4], blocks, x.shape[4] // blocks, x.shape[5])
+    return jnp.moveaxis(x, 4, 0)
+
+
+def _joined(x: Array) -> Array:
+    """The inverse of `_cut`."""
+    x = jnp.moveaxis(x, 0, 4)
+    return x.reshape(*x.shape[:4], -1, x.shape[6])
+
+
 def _look(q: Array, keys: Keys, soft_cap: float | None, before: Seen | None) -> Seen:
     """`before` and these keys."""
+    blocks = _blocks(q, keys)
+    if blocks == 1:
+        return _look_block(q, keys, soft_cap, before)
+    parts = jax.tree.map(lambda x: _cut(x, blocks), (q, keys.bias, before))
+    seen = lax.map(lambda of: _look_block(of[0], keys._replace(bias=of[1]), soft_cap, of[2]), parts)
+    return jax.tree.map(_joined, seen)
+
+
+def _look_block(q: Array, keys: Keys, soft_cap: float | None, before: Seen | None) -> Seen:
     scores = _product(f"phgrsd,{keys.axes}->phgrst", q, keys.k)
     scores = soft_capped(scores, soft_cap) + keys.bias
     highest = jnp.max(scores, axis=-1, keepdims=True)
@@ -55,6 +85,22 @@ def _look(q: Array, keys: Keys, soft_cap: float | None, before: Seen | None) -> 
 
 def _gradients(q, keys: Keys, soft_cap, d_out, lse, row) -> tuple[Array, Array, Array]:
     """Of q, k and v through these keys, float32; weights recomputed as e^(score - lse)."""
+    blocks = _blocks(q, keys)
+    if blocks == 1:
+        return _gradients_block(q, keys, soft_cap, d_out, lse, row)
+
+    def add(sums, part):
+        q, bias, *rest = part
+        of_q, *more = _gradients_block(q, keys._replace(bias=bias), soft_cap, *rest)
+        return jax.tree.map(jnp.add, sums, tuple(more)), of_q
+
+    zeros = jnp.zeros(keys.k.shape, jnp.float32), jnp.zeros(keys.v.shape, jnp.float32)
+    parts = jax.tree.map(lambda x: _cut(x, blocks), (q, keys.bias, d_out, lse, row))
+    (of_k, of_v), of_q = lax.scan(add, zeros, parts)
+    return _joined(of_q), of_k, of_v
+
+
+def _gradients_block(q, keys: Keys, soft_cap, d_out, lse, row) -> tuple[Array, Array, Array]:
     raw = _product(f"phgrsd,{keys.axes}->phgrst", q, keys.k)
     weights = jnp.exp(soft_capped(raw, soft_cap) + keys.bias - lse)
     d_scores = weights * (_product(f"phgrsd,{keys.axes}->phgrst", d_out, keys.v) - row)
@@ -120,14 +166,14 @@ def _ring_backward(soft_cap, saved, d_out):
     q, k, v, prefix, mask, window, out, lse = saved
     row = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
     d_q, *d_prefix = _gradients(q, prefix, soft_cap, d_out, lse, row)
-    passing, d_passing = (k, v), (jnp.zeros(k.shape), jnp.zeros(v.shape))
+    passing, d_passing = (k, v), (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
     for step in range(lax.axis_size(AXIS)):
         if step:
             passing, d_passing = _passed_on((passing, d_passing))
         keys = Keys(*passing, _bias(mask, step, q.shape[4], window))
         more_q, *more = _gradients(q, keys, soft_cap, d_out, lse, row)
         d_q += more_q
-        d_passing = tuple(a + b for a, b in zip(d_passing, more, strict=True))
+        d_passing = d_passing[0] + more[0], d_passing[1] + more[1]
     d_k, d_v = _passed_on(d_passing)  # home
     dtype = q.dtype
     d_prefix_k, d_prefix_v = (d.astype(dtype) for d in d_prefix)
@@ -152,8 +198,8 @@ def split_attention(
     """Attention of prompts and of their responses, columns split over `sequence`.
 
     Of the N = L + G·T columns each device has a piece of the prompt and then the same piece of each
-    response (`decoder._split_response_states`). Column 0 of a response is the prompt's last one again: in the
-    prefix nobody sees that.
+    response (`decoder._split_response_states`). Column 0 of a response is the prompt's last one
+    again: in the prefix nobody sees that.
     """
     mesh = jax.sharding.get_abstract_mesh()
     length, (_, samples, _) = prompt_mask.shape[1], mask.shape
@@ -183,9 +229,7 @@ def split_attention(
         at, keys_at = here * piece + jnp.arange(piece), jnp.arange(length)
         distance = at[:, None] - keys_at
         asked = real & (distance >= 0) & (distance < window)
-        own = attend(
-            queries(q[:, :piece], 1), [Keys(prompt_k, prompt_v, bias_of(asked))], soft_cap
-        )
+        own = attend(queries(q[:, :piece], 1), [Keys(prompt_k, prompt_v, bias_of(asked))], soft_cap)
 
         new = mask.shape[2]
         at = length - 1 + here * new + jnp.arange(new)

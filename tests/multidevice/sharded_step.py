@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dppo_jax.models import ring
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model
 from dppo_jax.objectives import dppo_topk_tv
@@ -20,60 +21,58 @@ from dppo_jax.scoring import loss_and_score, score
 from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
 
 DENSE = DecoderConfig(
-    vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_size=4, mlp_width=24,
+    vocab_size=32, width=16, layers=1, heads=4, kv_heads=2, head_size=4, mlp_width=24,
     qk_norm=True, qkv_bias=True, tied_embeddings=False, remat=True,
 )  # fmt: skip
 # Gemma's: soft-caps, local and global layers, windows shorter than a response and than a prompt.
 GEMMA = dataclasses.replace(
-    DENSE, window=5, local_layers=(True, False), local_rope_theta=100.0,
+    DENSE, layers=2, window=5, local_layers=(True, False), local_rope_theta=100.0,
     attention_soft_cap=2.0, final_soft_cap=3.0, post_norms=True, unit_offset_norms=True,
 )  # fmt: skip
 MIXTURE = dataclasses.replace(DENSE, experts=8, experts_per_token=3, normalised_gates=True)
 MODELS = {"dense": DENSE, "gemma": GEMMA, "mixture": MIXTURE}
-MESHES = {
-    "dense": (
-        dict(data=8), dict(fsdp=8), dict(data=4, tensor=2), dict(fsdp=4, tensor=2),
-        dict(fsdp=2, sequence=4), dict(sequence=4, tensor=2), dict(fsdp=2, sequence=2, tensor=2),
-    ),
-    "gemma": (dict(fsdp=2, sequence=4), dict(data=2, sequence=2, tensor=2)),
-    "mixture": (
-        dict(fsdp=4, tensor=2), dict(expert=8), dict(fsdp=2, expert=4),
-        dict(expert=4, tensor=2), dict(expert=2, sequence=2, tensor=2),
-    ),
-}  # fmt: skip
+MESHES = {  # fsdp x tensor is test_mesh.py's
+    "dense": (dict(data=4, tensor=2), dict(fsdp=2, sequence=4)),
+    "gemma": (dict(data=2, sequence=2, tensor=2),),
+    "mixture": (dict(fsdp=2, expert=4), dict(expert=2, sequence=2, tensor=2)),
+}
 PROMPTS, SAMPLES, LENGTH, NEW = 8, 2, 4, 8
 
 
-def rollout_of(vocabulary):
+def rollout_of(vocabulary, prompts=PROMPTS, length=LENGTH, new=NEW):
     rng = np.random.default_rng(0)
-    batch = PROMPTS * SAMPLES
-    prompt_mask = np.arange(LENGTH) >= rng.integers(0, LENGTH, (PROMPTS, 1))  # left-padded
-    mask = np.arange(NEW) < rng.integers(1, NEW + 1, (batch, 1))
+    batch = prompts * SAMPLES
+    prompt_mask = np.arange(length) >= rng.integers(0, length, (prompts, 1))  # left-padded
+    mask = np.arange(new) < rng.integers(1, new + 1, (batch, 1))
     mask[0] = True
-    logp = -np.sort(rng.exponential(2.0, (batch, NEW, 3)), axis=-1)
+    logp = -np.sort(rng.exponential(2.0, (batch, new, 3)), axis=-1)
     return Rollout(
-        prompt_tokens=rng.integers(0, vocabulary, (PROMPTS, LENGTH)).astype(np.int32),
+        prompt_tokens=rng.integers(0, vocabulary, (prompts, length)).astype(np.int32),
         prompt_mask=prompt_mask,
-        response_tokens=rng.integers(0, vocabulary, (batch, NEW)).astype(np.int32),
+        response_tokens=rng.integers(0, vocabulary, (batch, new)).astype(np.int32),
         response_mask=mask,
         logp_rollout=np.where(mask, logp[..., 0], 0.0).astype(np.float32),
-        topk_ids=rng.integers(0, vocabulary, (batch, NEW, 3)).astype(np.int32),
+        topk_ids=rng.integers(0, vocabulary, (batch, new, 3)).astype(np.int32),
         topk_logp_rollout=np.where(mask[..., None], logp, 0.0).astype(np.float32),
-        entropy_rollout=np.zeros((batch, NEW), np.float32),
+        entropy_rollout=np.zeros((batch, new), np.float32),
         finish_reason=np.zeros(batch, np.int32),
     )
 
 
 def program_of(model):
-    """(params, batch) -> ((loss, statistics), gradients): single pass and two passes together."""
+    """(params, batch) -> ((loss, statistics), gradients); Gemma's by two passes, others by one."""
     objective = dppo_topk_tv(delta=10.0)
 
     def loss(params, batch):
         mask = batch.rollout.response_mask
-        one, stats = loss_and_score(model, params, batch, objective.token_local, temperature=0.9)
-        scored = score(model, params, batch.rollout, temperature=0.9)
-        kept = [jnp.where(mask, leaf, 0.0) for leaf in (stats.logp, scored.logp, scored.entropy)]
-        total = one + objective.loss(scored, batch).loss_sum + 0.1 * jnp.sum(kept[2])
+        if model.config.final_soft_cap is None:
+            total, stats = loss_and_score(
+                model, params, batch, objective.token_local, temperature=0.9
+            )
+        else:
+            stats = score(model, params, batch.rollout, temperature=0.9)
+            total = objective.loss(stats, batch).loss_sum + 0.1 * jnp.sum(stats.entropy, where=mask)
+        kept = [jnp.where(mask, leaf, 0.0) for leaf in (stats.logp, stats.entropy)]
         return total / jnp.sum(mask), kept
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -86,14 +85,35 @@ def differences(ours, theirs):
     relative = jax.tree.map(
         lambda a, b: largest(a, b) / (1e-3 + float(np.abs(b).max())), gradients, true_gradients
     )
+    pairs = zip([value, *aux], [true_value, *true_aux], strict=True)
     return {
-        "values": max(largest(a, b) for a, b in zip([value, *aux], [true_value, *true_aux])),
+        "values": max(largest(*pair) for pair in pairs),
         "gradients": max(jax.tree.leaves(relative)),
     }
 
 
+def temporary_bytes(sequence):
+    """What a device needs beside its arguments for one prompt's two responses of 512 tokens."""
+    config = dataclasses.replace(DENSE, width=64, head_size=16, layers=9)
+    model = Model(config)
+    mesh = MeshConfig(fsdp=1, sequence=sequence).build(jax.devices()[:sequence])
+
+    def array(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    with jax.set_mesh(mesh):
+        shardings = shardings_of(model.logical_axes, mesh)
+        params = jax.tree.map(array, model.abstract_params, shardings)
+        rollout = rollout_of(32, prompts=1, length=64, new=512)
+        batch = Batch(rollout, np.zeros((SAMPLES, 512), np.float32))
+        rows = jax.tree.map(lambda leaf: array(leaf, batch_sharding(mesh)), batch)
+        program = program_of(model).lower(params, rows).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
 def main(names) -> dict:
     found = []
+    ring.LARGEST = 1  # blocks of as few queries as can be
     for name in names or MODELS:
         model = Model(MODELS[name])
         params = jax.tree.map(lambda leaf: 3 * leaf, jax.jit(model.init)(jax.random.key(0)))
@@ -110,7 +130,9 @@ def main(names) -> dict:
                 split = program_of(model)(placed, rows)
             found.append({"model": name, "mesh": sizes} | differences(split, alone))
             print(found[-1], file=sys.stderr, flush=True)
-    return {"devices": jax.device_count(), "found": found}
+    ring.LARGEST = 2**26
+    memory = [temporary_bytes(devices) for devices in (1, 8)]
+    return {"devices": jax.device_count(), "found": found, "temporary": memory}
 
 
 if __name__ == "__main__":

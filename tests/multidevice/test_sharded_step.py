@@ -1,0 +1,30 @@
+"""Each mesh axis and combinations of them: the loss and the gradients of one device."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_mesh import with_eight_devices
+
+pytestmark = pytest.mark.multidevice
+
+
+@pytest.fixture(scope="module")
+def seen():
+    done = with_eight_devices(Path(__file__).parent / "sharded_step.py", "dense", "gemma")
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["devices"] == 8
+    return seen
+
+
+def test_loss_and_gradients_are_those_of_one_device(seen):
+    axes = {axis for case in seen["found"] for axis in case["mesh"]}
+    assert axes == {"data", "fsdp", "sequence", "tensor"}
+    for case in seen["found"]:
+        assert case["values"] < 1e-4 and case["gradients"] < 1e-4, case
+
+
+def test_columns_over_eight_devices_need_less_memory_on_each(seen):
+    one, eight = seen["temporary"]
+    assert eight < one / 4, seen["temporary"]
