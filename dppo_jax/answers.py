@@ -3,16 +3,19 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from dppo_jax.evaluation_scores import Evaluation, majority_score, summarise
+from dppo_jax.hosts import exchange
 from dppo_jax.metrics import JsonLines
-from dppo_jax.multihost import gather_rows
+from dppo_jax.multihost import RowShare, gather_parts, gather_rows
 from dppo_jax.prompts.examples import Example
 from dppo_jax.prompts.rows import Row, read_rows
-from dppo_jax.rewards.verdicts import Verdict, Verifier, grade
+from dppo_jax.rewards.verdicts import Failure, Verdict, Verifier, grade
+
+FAILURES = get_args(Failure)
 
 
 class Answers(NamedTuple):
@@ -23,19 +26,53 @@ class Answers(NamedTuple):
     lengths: np.ndarray  # [B] response tokens
     verdicts: list[Verdict]
 
-    def rewards(self, samples_per_prompt: int) -> np.ndarray:
-        """The scores [P, G]."""
-        scores = np.array([verdict.score for verdict in self.verdicts], np.float32)
-        return scores.reshape(-1, samples_per_prompt)
+
+class Graded(NamedTuple):
+    """A step's verdicts of all parts of the batch, in numbers, the same in every process."""
+
+    rewards: np.ndarray  # [parts, prompts of a part, G] float32
+    lengths: np.ndarray  # [B] response tokens
+    finished: np.ndarray  # [B] bool
+    failures: np.ndarray  # [B] a place in FAILURES
+    parts: dict[str, np.ndarray]  # [B] scores of a weighted reward's parts; NaN where one has none
 
 
-def reward_metrics(answers: Answers, rewards: np.ndarray) -> dict[str, float]:
-    """What a step logs of its rewards [P, G], under `reward/`; parts of a weighted reward too."""
-    failures = [verdict.failure for verdict in answers.verdicts]
-    parts: dict[str, list[float]] = {}
-    for verdict in answers.verdicts:
-        for name, score in verdict.parts.items():
-            parts.setdefault(name, []).append(score)
+def everyones(answers: Answers, samples_per_prompt: int, share: RowShare) -> Graded:
+    """All processes' answers graded, where each has its own part of the rows."""
+    own = sorted({name for verdict in answers.verdicts for name in verdict.parts})
+    names = sorted(
+        {name for text in exchange("parts", json.dumps(own)) for name in json.loads(text)}
+    )
+    table = np.array(
+        [
+            (
+                verdict.score,
+                length,
+                finished,
+                FAILURES.index(verdict.failure),
+                *(verdict.parts.get(name, np.nan) for name in names),
+            )
+            for verdict, length, finished in zip(
+                answers.verdicts, answers.lengths, answers.finished, strict=True
+            )
+        ],
+        np.float32,  # exact for lengths below 2^24
+    )
+    every = gather_parts(table, share)
+    scores, lengths, finished, failures, *parts = every.reshape(-1, every.shape[-1]).T
+    return Graded(
+        rewards=scores.reshape(share.count, -1, samples_per_prompt),
+        lengths=lengths.astype(int),
+        finished=finished.astype(bool),
+        failures=failures.astype(int),
+        parts=dict(zip(names, parts, strict=True)),
+    )
+
+
+def reward_metrics(graded: Graded) -> dict[str, float]:
+    """What a step logs of its rewards, under `reward/`; parts of a weighted reward too."""
+    rewards = graded.rewards.reshape(-1, graded.rewards.shape[-1])  # [P, G]
+    failures = [FAILURES[code] for code in graded.failures]
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
@@ -43,7 +80,7 @@ def reward_metrics(answers: Answers, rewards: np.ndarray) -> dict[str, float]:
         "reward/verifier_errors": len(failures) - failures.count(""),
         "reward/verifier_timeouts": failures.count("timeout"),
         "reward/verifier_crashes": failures.count("crash"),
-    } | {f"reward/{name}": float(np.mean(scores)) for name, scores in parts.items()}
+    } | {f"reward/{name}": float(np.nanmean(scores)) for name, scores in graded.parts.items()}
 
 
 def log_samples(
@@ -105,9 +142,15 @@ def by_problem(
 
 
 def evaluation_of(
-    answered: Sequence[Answered], k: int, everything: Iterable[Example]
+    answered: Sequence[Answered],
+    k: int,
+    everything: Iterable[Example],
+    places: Sequence[int] | None = None,
 ) -> Evaluation:
-    """The numbers of all processes' answers; `everything` is the whole set, for its labels."""
+    """The numbers of all processes' answers; `everything` is the whole set, for its labels.
+
+    `places` are the problems' in the set, so that their order is that of one process.
+    """
     labels = sorted({label for e in everything for label in (e.level, e.subject)})
     place = {label: number for number, label in enumerate(labels)}
     rows = [
@@ -121,21 +164,25 @@ def evaluation_of(
             sum(verdict.error for verdict in row.verdicts),
             place[row.example.level],
             place[row.example.subject],
+            at,
         )
-        for row in answered
+        for row, at in zip(answered, places or range(len(answered)), strict=True)
     ]
     shapes: list[tuple[type, tuple[int, ...]]] = [
         (np.float64, (k,)), (np.float64, ()), (np.int64, (k,)), (np.bool_, (k,)), (np.int64, ()),
-        (np.int64, ()), (np.int64, ()),
+        (np.int64, ()), (np.int64, ()), (np.int64, ()),
     ]  # fmt: skip
-    scores, majority, lengths, finished, errors, levels, subjects = (
+    *columns, where = (
         gather_rows(np.array([row[i] for row in rows], kind).reshape(-1, *shape))
         for i, (kind, shape) in enumerate(shapes)
+    )
+    scores, majority, lengths, finished, errors, levels, subjects = (
+        column[np.argsort(where)] for column in columns
     )
     return summarise(
         scores=scores,
         majority=majority,
-        lengths=lengths,
+        lengths=lengths.astype(int),
         finished=finished,
         errors=errors,
         levels=[labels[i] for i in levels],

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dppo_jax.models.decoder import Params
+from dppo_jax.multihost import of_all_processes
 from dppo_jax.records import TrainState
 
 # of TrainState; () is not written
@@ -36,7 +37,7 @@ def _tree(state: TrainState, key: jax.Array) -> dict[str, Any]:
         "key": jax.random.key_data(key),
     }
     carried = {name: named(getattr(state, name)) for name in CARRIED}
-    return tree | {name: leaves for name, leaves in carried.items() if leaves}
+    return of_all_processes(tree | {name: leaves for name, leaves in carried.items() if leaves})
 
 
 class Checkpoints:

@@ -5,10 +5,14 @@ Exit status 0: done; 1: a run failed; 2: bad usage or bad input. The verbs are i
 
 import argparse
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from dppo_jax.verbs import benchmarks, data, grading, hugging_face, methods, planning, runs
+from dppo_jax.clusters import Preempted
+from dppo_jax.supervise import SUPERVISED, supervise
+from dppo_jax.verbs import benchmarks, command, data, grading, hugging_face, methods, planning, runs
 from dppo_jax.verbs.command import Failure
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -24,9 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        if command.cluster_of(options) and SUPERVISED not in os.environ:
+            sys.exit(supervise(given, debug=options.debug))
         options.verb(options)
+        _finish()
     except Failure as failure:
         _fail(str(failure), EXIT_FAILED)
+    except Preempted as stopped:
+        print(f"dppo: {stopped}", file=sys.stderr)
+        _finish()
     except KeyboardInterrupt:
         _fail(
             "interrupted; dppo train with --workdir RUN_DIRECTORY goes on from its newest "
@@ -34,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             EXIT_FAILED,
         )
     except Exception as error:
-        if options.debug:
+        if options.debug and SUPERVISED not in os.environ:
             raise
+        if options.debug:
+            traceback.print_exc()
         # Bad input is a ValueError or a missing file wherever it is found; the rest is a failure.
         bad_input = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError)
         message = " ".join(str(error).split()) or type(error).__name__
@@ -45,8 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, status: int) -> None:
+    if "jax" in sys.modules:
+        from dppo_jax import hosts
+
+        hosts.fail_together(message, status)
     print(f"dppo: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _finish() -> None:
+    """Ends with the other processes of the run, where there are some."""
+    if "jax" in sys.modules:
+        from dppo_jax import hosts
+
+        hosts.finish_together()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from dppo_jax.answers import Answered, Answers, by_problem, evaluation_of, read_answers, regrade
@@ -14,7 +15,7 @@ from dppo_jax.evaluation_scores import Evaluation
 from dppo_jax.hf_exchange import load_model
 from dppo_jax.metrics import JsonLines
 from dppo_jax.models.decoder import DecoderConfig, Model, Params
-from dppo_jax.multihost import to_global_rows, to_local_rows
+from dppo_jax.multihost import own_file, row_share, to_global_rows, to_local_rows
 from dppo_jax.prompts.examples import Example, PromptFileError
 from dppo_jax.prompts.mixture import Dataset
 from dppo_jax.prompts.pipeline import PromptBatch, TooLong, evaluation_batches
@@ -102,9 +103,8 @@ class Evaluated(NamedTuple):
 
 def open_answers(directory: Path, keep_before: int) -> JsonLines:
     """The run's `answers.jsonl`, `answers-1.jsonl`, ...: each process keeps its own answers."""
-    process = jax.process_index()
-    name = f"answers-{process}.jsonl" if process else "answers.jsonl"
-    return JsonLines(directory / name, resume_at=keep_before)
+    directory.mkdir(parents=True, exist_ok=True)
+    return JsonLines(own_file(directory / "answers.jsonl"), resume_at=keep_before)
 
 
 class Evaluator:
@@ -155,6 +155,7 @@ class Evaluator:
     def __call__(self, params: Params) -> Evaluated:
         """Answers to every problem of every set, graded."""
         done = Evaluated({}, [])
+        share = row_share(self._mesh)
         for index, (name, each) in enumerate(self._sets.items()):
             assert each.sampling and each.verifier and each.prompts_per_batch
             key = jax.random.fold_in(jax.random.key(self._seed), 2**31 - 1 - index)
@@ -163,11 +164,12 @@ class Evaluator:
                 self._tokenizer,
                 prompts_per_step=each.prompts_per_batch,
                 max_prompt_tokens=self._max_prompt_tokens,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=share.index,
+                process_count=share.count,
                 too_long=self._too_long,
             )
             answered: list[Answered] = []
+            places: list[int] = []
             # A batch is graded while the next one is sampled.
             graded: list[tuple[PromptBatch, Callable[[], Answers]]] = []
             for number, batch in enumerate(batches):
@@ -187,10 +189,12 @@ class Evaluator:
                     verifier=each.verifier,
                 )
                 graded.append((batch, answers))
-            for batch, answers in graded:
+            for number, (batch, answers) in enumerate(graded if share.leads else ()):
                 answered += by_problem(name, batch.examples, batch.valid, answers())
+                first = (number * share.count + share.index) * len(batch.valid)
+                places += (first + np.flatnonzero(batch.valid)).tolist()
             k = each.sampling.samples_per_prompt
-            numbers = evaluation_of(answered, k, self.held_out[name])
+            numbers = evaluation_of(answered, k, self.held_out[name], places)
             left_out = len(self.held_out[name]) - numbers.prompts
             done.sets[name] = dataclasses.replace(numbers, left_out=left_out)
             done.answers.extend(answered)

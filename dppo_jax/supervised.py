@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from dppo_jax.models.decoder import Model, Params
-from dppo_jax.multihost import to_global_rows
+from dppo_jax.multihost import split_rows
 from dppo_jax.prompts.examples import Example
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import FINISH_STOP, LossSum, Mean, Metrics, Rollout, TrainState
@@ -109,7 +109,7 @@ def train_supervised(
             max_prompt_tokens=max_prompt_tokens,
             max_response_tokens=max_response_tokens,
         )
-        rollout = Rollout(**to_global_rows(rows, batch_sharding(mesh)))
+        rollout = Rollout(**split_rows(rows, batch_sharding(mesh)))
         state, metrics = jitted(state, rollout)
         if step % report_every == 0 or step == steps:
             nll = metrics["loss/nll"]

@@ -17,10 +17,11 @@ import optax
 
 from dppo_jax import lora_run
 from dppo_jax.advantages import Estimator, group_mean_baseline
-from dppo_jax.answers import log_samples, reward_metrics
+from dppo_jax.answers import everyones, log_samples, reward_metrics
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
 from dppo_jax.bounds import with_improvement
 from dppo_jax.checkpoint import Checkpoints, load_params, newest_step, save_params
+from dppo_jax.clusters import Preempted
 from dppo_jax.console import Console
 from dppo_jax.critic import Critic, ValueModel
 from dppo_jax.evaluate import (
@@ -33,12 +34,13 @@ from dppo_jax.evaluate import (
     open_answers,
     sample,
 )
+from dppo_jax.hosts import Preemption, first_process_first
 from dppo_jax.initial_policy import InitialContext, InitialPolicy, hf_folder
 from dppo_jax.masked_tokens import as_json, most_masked
 from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
 from dppo_jax.models.decoder import DecoderConfig, Params
 from dppo_jax.models.lora import LoraConfig
-from dppo_jax.multihost import is_writer, to_global_rows
+from dppo_jax.multihost import is_writer, row_share, to_global_rows
 from dppo_jax.preflight import check_needs, check_sizes, write_files
 from dppo_jax.prompts import overlap as overlaps
 from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
@@ -112,7 +114,7 @@ def train(
     directory = Path(workdir)
     network = lora_run.network_of(model, lora)
     devices = mesh.build()
-    rows = batch_sharding(devices)
+    rows, share = batch_sharding(devices), row_share(devices)
     sampling = dataclasses.replace(sampling, end_ids=(tokenizer.end_id,))
     valued = None if critic is None else Critic(critic, model)
     needs = needs_of(objective, advantage, reward_penalty)
@@ -122,21 +124,22 @@ def train(
     )  # fmt: skip
     check_needs(needs, objective, valued, tokenizer, devices, sampling)
 
-    source = load_train(dataset, data_dir)
-    check_examples(verifier, [source[i] for i in range(min(100, len(source)))])
-    evaluate = Evaluator(
-        network,
-        eval_sets_or_default(eval_sets, dataset, eval_split, eval_prompts),
-        mesh=devices,
-        tokenizer=tokenizer,
-        verifier=verifier,
-        sampling=sampling,
-        data_dir=data_dir,
-        prompts_per_batch=prompts_per_step,
-        max_prompt_tokens=max_prompt_tokens,
-        too_long=too_long,
-        seed=seed,
-    )
+    with first_process_first("data"):  # which may prepare a set of it
+        source = load_train(dataset, data_dir)
+        check_examples(verifier, [source[i] for i in range(min(100, len(source)))])
+        evaluate = Evaluator(
+            network,
+            eval_sets_or_default(eval_sets, dataset, eval_split, eval_prompts),
+            mesh=devices,
+            tokenizer=tokenizer,
+            verifier=verifier,
+            sampling=sampling,
+            data_dir=data_dir,
+            prompts_per_batch=prompts_per_step,
+            max_prompt_tokens=max_prompt_tokens,
+            too_long=too_long,
+            seed=seed,
+        )
     for line in overlaps.check_overlap(source, evaluate.held_out, overlap):
         console.say(f"warning: {line}")
     prompts = PromptIterator(
@@ -145,8 +148,8 @@ def train(
         prompts_per_step=prompts_per_step,
         max_prompt_tokens=max_prompt_tokens,
         seed=seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share.index,
+        process_count=share.count,
         too_long=too_long,
         curriculum=curriculum,
     )
@@ -180,7 +183,7 @@ def train(
         console.say(f"{directory} holds this run, complete: nothing to do")
         return json.loads(summary_path.read_text())
     frozen = None  # the reference's parameters, where somebody asks for them
-    with jax.set_mesh(devices):
+    with jax.set_mesh(devices), Preemption() as preemption:
         if done is None:
             done = 0
             context = InitialContext(
@@ -258,10 +261,11 @@ def train(
             answers = answers_later(
                 rollout, problems.examples, mesh=devices, tokenizer=tokenizer, verifier=verifier
             )()
-            rewards = answers.rewards(sampling.samples_per_prompt)
+            graded = everyones(answers, sampling.samples_per_prompt, share)
             clock.lap("rewards")
 
-            batch, known = batch_of(state, frozen, rollout, to_global_rows(rewards, rows), base)
+            rewards = to_global_rows(graded.rewards[share.index], rows)
+            batch, known = batch_of(state, frozen, rollout, rewards, base)
             jax.block_until_ready(batch)
             clock.lap("scoring")
 
@@ -274,11 +278,11 @@ def train(
             numbers = _step_numbers(gathered) | reduce_metrics(known)
             clock.lap("update")
 
-            tokens = int(answers.lengths.sum())
+            tokens = int(graded.lengths.sum())
             numbers |= {
-                **reward_metrics(answers, rewards),
-                "response/length": float(answers.lengths.mean()),
-                "response/finished": float(np.mean(answers.finished)),
+                **reward_metrics(graded),
+                "response/length": float(graded.lengths.mean()),
+                "response/finished": float(np.mean(graded.finished)),
                 "response/tokens": tokens,
                 "prompts/epoch": prompts.epoch,
                 **{f"prompts/epoch/{name}": n for name, n in prompts.epochs.items() if name},
@@ -313,10 +317,17 @@ def train(
                 seconds_left=pace.seconds_left(steps - step - 1),
             )
             last = step + 1 == steps
-            if last or (checkpoint_every and (step + 1) % checkpoint_every == 0):
+            stop = preemption.anywhere() and not last
+            if last or stop or (checkpoint_every and (step + 1) % checkpoint_every == 0):
                 position["prompts"] = prompts.get_state()
                 position["seconds"] = seconds_before + time.monotonic() - started
                 checkpoints.save(step + 1, state, key, position)
+            if stop:
+                checkpoints.close()
+                raise Preempted(
+                    f"asked to stop: {directory} has a checkpoint of step {step + 1} of {steps}; "
+                    "the same command with the same --workdir goes on from it"
+                )
         console.finish_line()
 
         # ---- the result -----------------------------------------------------------------------

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dppo_jax import clusters
+from dppo_jax.clusters import Cluster
+
 GIN = "any --gin.NAME=VALUE overrides the recipe"
 GIVEN = ("workdir", "console", "configuration")  # what `train` gets from here, not from a recipe
 
@@ -31,8 +34,38 @@ def add_verb(
     return sub
 
 
-def start_jax() -> None:
-    """Keeps compiled programs for the next call and, on a CPU, freed memory for the next step."""
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """Flags of a verb that runs as one process a host."""
+    hosts = parser.add_argument_group(
+        "many hosts",
+        "the same command on every host; JAX finds the others by itself on TPU pods and in Slurm",
+    )
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 (DPPO_COORDINATOR)")
+    hosts.add_argument("--processes", type=int, metavar="N", help="how many (DPPO_PROCESSES)")
+    hosts.add_argument("--process-id", type=int, metavar="I", help="0 to N-1 (DPPO_PROCESS_ID)")
+    hosts.add_argument(
+        "--host-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long to wait for the others (default: 300)",
+    )
+
+
+def cluster_of(options: argparse.Namespace) -> Cluster | None:
+    """The other processes that the flags of `add_hosts` or the environment tell of."""
+    if not hasattr(options, "coordinator"):
+        return None
+    return clusters.cluster_of(
+        options.coordinator, options.processes, options.process_id, options.host_timeout
+    )
+
+
+def start_jax(options: argparse.Namespace | None = None) -> None:
+    """Keeps compiled programs for the next call and, on a CPU, freed memory for the next step.
+
+    Joins the other processes where `options` tell of some.
+    """
     if _cpu_only():
         # Before jax is imported: the allocator's settings bind only what has not been set up yet.
         from dppo_jax.allocator import keep_freed_memory
@@ -43,6 +76,10 @@ def start_jax() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path.home() / ".cache" / "dppo_jax" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    if options is not None and (cluster := cluster_of(options)):
+        from dppo_jax import hosts
+
+        hosts.start(cluster)
 
 
 def _cpu_only() -> bool:

@@ -12,6 +12,8 @@ from dppo_jax.config import Recipe
 from dppo_jax.console import Console
 from dppo_jax.evaluate import evaluate_checkpoint, regrade_files
 from dppo_jax.hf_exchange import is_hf
+from dppo_jax.hosts import first_process_first
+from dppo_jax.multihost import is_writer, own_file
 
 _NEEDED = (
     "model", "tokenizer", "dataset", "data_dir", "verifier", "sampling", "prompts_per_step",
@@ -22,10 +24,14 @@ _NEEDED = (
 def evaluate_run(recipe: Recipe, options: argparse.Namespace) -> None:
     """Samples answers to the recipe's evaluation sets, prints the numbers, keeps the answers."""
     directory = Path(options.checkpoint)
-    done = evaluate_checkpoint(directory, **recipe.arguments(*_NEEDED))
+    with first_process_first("arguments"):
+        arguments = recipe.arguments(*_NEEDED)
+    done = evaluate_checkpoint(directory, **arguments)
     beside = Path() if is_hf(directory) else directory  # others' folders stay as they are
-    file = Path(options.answers or beside / "eval_answers.jsonl")
+    file = own_file(Path(options.answers or beside / "eval_answers.jsonl"))
     write_answers(file, [(newest_step(directory) or 0, row) for row in done.answers])
+    if not is_writer():
+        return
     if options.json:
         print(json.dumps({"sets": done.as_dict(), "answers": str(file)}))
         return

@@ -1,13 +1,14 @@
 """Verbs about whole runs: train, ablate, eval."""
 
 import argparse
+import hashlib
 import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from dppo_jax.verbs import command
-from dppo_jax.verbs.command import GIN, GIVEN, Failure, add_verb
+from dppo_jax.verbs.command import GIN, GIVEN, Failure, add_hosts, add_verb
 
 
 def add(verbs: Any) -> None:
@@ -21,6 +22,7 @@ def add(verbs: Any) -> None:
     )
     train.add_argument("recipe", help="a .gin file")
     train.add_argument("--workdir", help="run directory (default: runs/RECIPE-DATE)")
+    add_hosts(train)
 
     ablate = add_verb(
         verbs,
@@ -41,6 +43,7 @@ def add(verbs: Any) -> None:
         "--workdir", help="directory of the grid (default: runs/ablate-RECIPE-DATE)"
     )
     ablate.add_argument("--json", action="store_true", help="print one JSON object")
+    add_hosts(ablate)
 
     evaluate = add_verb(
         verbs,
@@ -60,21 +63,24 @@ def add(verbs: Any) -> None:
         help="where the answers are kept (default: eval_answers.jsonl in the run directory)",
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    add_hosts(evaluate)
 
 
 def _train(options: argparse.Namespace) -> None:
-    command.start_jax()
+    command.start_jax(options)
     from dppo_jax.config import load_recipe, split_overrides
     from dppo_jax.console import Console, duration
     from dppo_jax.evaluate import accuracies
+    from dppo_jax.hosts import check_shared
     from dppo_jax.multihost import is_writer
     from dppo_jax.train import train
     from dppo_jax.verbs.evaluation import with_interval
 
     overrides, _ = split_overrides(options.overrides)
     recipe = load_recipe(options.recipe, train, overrides, GIVEN)
-    workdir = Path(options.workdir or _dated(recipe.path.stem))
+    workdir = _workdir(options, recipe.path.stem, recipe.config_text())
     _refuse_other_run(recipe, workdir)
+    check_shared(workdir)
     console = Console(quiet=not is_writer())
     summary = _run(recipe, workdir, console)
     console.table(
@@ -93,8 +99,18 @@ def _train(options: argparse.Namespace) -> None:
     )
 
 
-def _dated(name: str) -> str:
-    return f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
+def _workdir(options: argparse.Namespace, name: str, configuration: str) -> Path:
+    """The run directory; refuses hosts that were asked for another run, or have other code."""
+    from dppo_jax.hosts import check_same, code_facts, exchange
+
+    asked = {"configuration": _digest(configuration), "--workdir": options.workdir or ""}
+    check_same(code_facts() | asked)
+    dated = f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Path(options.workdir or exchange("workdir", dated)[0])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _refuse_other_run(recipe: Any, workdir: Path) -> None:
@@ -113,9 +129,11 @@ def _refuse_other_run(recipe: Any, workdir: Path) -> None:
 
 def _run(recipe: Any, workdir: Path, console: Any) -> dict[str, Any]:
     """Trains as a loaded recipe says; its texts go into the run directory."""
+    from dppo_jax.hosts import first_process_first
     from dppo_jax.train import train
 
-    arguments = recipe.arguments(given=GIVEN)
+    with first_process_first("arguments"):  # which may make a tokenizer's file
+        arguments = recipe.arguments(given=GIVEN)
     texts = {
         "operative_config.gin": recipe.operative_config_text(),
         "config.gin": recipe.config_text(),
@@ -124,7 +142,7 @@ def _run(recipe: Any, workdir: Path, console: Any) -> dict[str, Any]:
 
 
 def _ablate(options: argparse.Namespace) -> None:
-    command.start_jax()
+    command.start_jax(options)
     from dppo_jax import ablate
     from dppo_jax.config import load_recipe, split_overrides
     from dppo_jax.console import Console
@@ -132,7 +150,8 @@ def _ablate(options: argparse.Namespace) -> None:
     from dppo_jax.train import train
 
     overrides, _ = split_overrides(options.overrides)
-    workdir = Path(options.workdir or _dated(f"ablate-{Path(options.recipe).stem}"))
+    asked = repr((options.recipe, options.over, options.seeds, overrides))
+    workdir = _workdir(options, f"ablate-{Path(options.recipe).stem}", asked)
     cells = ablate.grid(options.over, options.seeds, workdir)
     if workdir.exists() and any(workdir.iterdir()):
         if not any(cell.workdir.exists() for cell in cells):
@@ -162,8 +181,9 @@ def _ablate(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    command.start_jax()
+    command.start_jax(options)
     from dppo_jax.config import load_recipe, split_overrides
+    from dppo_jax.hosts import check_same, code_facts
     from dppo_jax.train import train
     from dppo_jax.verbs.evaluation import evaluate_run, grade_again
 
@@ -172,4 +192,5 @@ def _eval(options: argparse.Namespace) -> None:
     if options.regrade:
         grade_again(recipe, options)
     else:
+        check_same(code_facts() | {"configuration": _digest(recipe.config_text())})
         evaluate_run(recipe, options)

@@ -1,0 +1,70 @@
+"""Run by test_multihost.py in two processes of two devices: prints what they agreed on."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dppo_jax import clusters, hosts, multihost
+from dppo_jax.sharding import MeshConfig, batch_sharding
+
+
+def refused(call, *arguments) -> str:
+    try:
+        call(*arguments)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def round_trip(sizes: dict[str, int]) -> dict:
+    """Rows that each process numbers by its share, through the devices and back."""
+    mesh = MeshConfig(**sizes).build()
+    share, sharding = multihost.row_share(mesh), batch_sharding(mesh)
+    own = np.arange(share.index * 100, share.index * 100 + 8, dtype=np.int32)[:, None]
+    whole = multihost.to_global_rows(own, sharding)
+    everyone = multihost.split_rows(np.arange(16), sharding)
+    spread = jax.device_put(whole, jax.NamedSharding(mesh, jax.P()))
+    return {
+        "share": [share.index, share.count, list(share.leaders), share.leads],
+        "whole": np.asarray(spread.addressable_data(0)).ravel().tolist(),
+        "back": bool((multihost.to_local_rows(whole, sharding) == own).all()),
+        "back_from_copies": bool((multihost.to_local_rows(spread, sharding) == own).all()),
+        "split": sorted({int(x) for s in everyone.addressable_shards for x in s.data}),
+        "parts": multihost.gather_parts(own[:1], share).ravel().tolist(),
+    }
+
+
+def main(process: int, port: str, folder: Path) -> None:
+    hosts.start(clusters.Cluster(f"127.0.0.1:{port}", 2, process, 120.0))
+    found: dict = {"said": [hosts.exchange("word", w) for w in ("ab"[process], "cd"[process])]}
+    with hosts.first_process_first("file"):
+        if process == 0:
+            time.sleep(0.5)
+            (folder / "made").touch()
+        found["made"] = (folder / "made").exists()
+    found["any"] = [multihost.any_process(flag) for flag in (False, process == 1)]
+    found["gathered"] = multihost.gather_rows(np.arange(process + 1) + 10 * process).tolist()
+    found["rows"] = {
+        name: round_trip(sizes)
+        for name, sizes in {
+            "split": dict(fsdp=4), "held_by_both": dict(fsdp=2, tensor=2, data=1),
+            "tensor": dict(fsdp=1, tensor=4),
+        }.items()
+    }  # fmt: skip
+    found["same"] = refused(hosts.check_same, hosts.code_facts())
+    found["other"] = refused(hosts.check_same, {"jax": "1", "configuration": "xy"[process]})
+    found["shared"] = refused(hosts.check_shared, folder / "new" / "run")
+    (folder / str(process)).mkdir()
+    found["apart"] = refused(hosts.check_shared, folder / str(process) / "run", 1.0)
+    print(json.dumps(found), flush=True)
+    if process == 1:
+        hosts.fail_together("the verifier's server did not start", 2)
+    hosts.exchange("never", "")  # process 0 waits here for the other
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
