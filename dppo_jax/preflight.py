@@ -31,7 +31,9 @@ def check_sizes(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size="
             f"{model.vocab_size}: set DecoderConfig.vocab_size to at least the tokenizer's"
         )
-    check_layout(model, sampling, mesh, steps, prompts_per_step, minibatches, microbatches)
+    check_layout(
+        model, sampling, mesh, steps, prompts_per_step, minibatches, microbatches, max_prompt_tokens
+    )
 
 
 def check_layout(
@@ -42,6 +44,7 @@ def check_layout(
     prompts_per_step: int,
     minibatches: int,
     microbatches: int,
+    max_prompt_tokens: int,
 ) -> None:
     """What of it needs no tokenizer."""
     sampling.check(model.vocab_size)

@@ -110,8 +110,9 @@ class Step:
         sampling = dataclasses.replace(s.sampling, end_ids=s.sampling.end_ids or (0,))
         self.settings, self.mesh = dataclasses.replace(s, sampling=sampling), mesh
         check_layout(
-            s.model, sampling, mesh, s.steps, s.prompts_per_step, s.minibatches, s.microbatches
-        )
+            s.model, sampling, mesh, s.steps, s.prompts_per_step, s.minibatches, s.microbatches,
+            s.max_prompt_tokens,
+        )  # fmt: skip
         self.model = Model(s.model)
         self.critic = None if s.critic is None else Critic(s.critic, s.model)
         self.needs = needs_of(s.objective, s.advantage, s.reward_penalty)
