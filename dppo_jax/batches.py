@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from dppo_jax.advantages import Estimator, estimate, inputs_of, named_inputs
 from dppo_jax.critic import Critic
 from dppo_jax.models.decoder import Model, Params
 from dppo_jax.records import Batch, Mean, Metrics, Need, Objective, Rollout, TrainState
-from dppo_jax.scoring import score
+from dppo_jax.scoring import score, with_own_routing
 
 # Subtracted from the reward at each token; called with what it names of `PENALTY_INPUTS`, [B, T].
 RewardPenalty = Callable[..., Float[Array, "B T"]]
@@ -39,26 +40,32 @@ def make_batch_of(
     critic: Critic | None = None,
     *,
     temperature: float,
+    replay_own_routing: bool = False,
 ) -> Callable[..., tuple[Batch, Metrics]]:
     """(state, reference's parameters, rollout, rewards [P, G]) -> (batch, metrics), jitted.
 
     With LoRA the base's parameters are a fifth argument.
 
     Whatever must be known before the step's updates is scored here, once: the policy itself, the
-    reference and the critic, each only where somebody asks for it.
+    reference and the critic, each only where somebody asks for it. With `replay_own_routing` the
+    batch's rollout gets the experts that the policy's routers choose here.
     """
     needs = needs_of(objective, advantage, penalty)
 
     def fields_of(state, reference, rollout, rewards, base) -> tuple[dict[str, Any], Metrics]:
         fields: dict[str, Any] = {}
+        policy = model.policy(state.params, base)
+        if replay_own_routing:
+            fields["rollout"] = rollout = with_own_routing(model, policy, rollout)
         if needs & {"logp_old", "uniform_logp"}:
-            policy = model.policy(state.params, base)
             old = score(model, policy, rollout, temperature=temperature)
             fields |= dict(
                 logp_old=old.logp, topk_logp_old=old.topk_logp, uniform_logp_old=old.uniform_logp
             )
         if "logp_ref" in needs:
-            fields["logp_ref"] = score(model, reference, rollout, temperature=temperature).logp
+            # Another policy than the one whose routing is recorded: its own routers choose.
+            alone = replace(rollout, prompt_experts=None, experts=None)
+            fields["logp_ref"] = score(model, reference, alone, temperature=temperature).logp
         if critic is not None:
             fields["values_old"] = critic.values(state.critic.params, rollout)
         metrics: Metrics = {}
@@ -88,7 +95,7 @@ def make_batch_of(
         base: Params | None = None,
     ) -> tuple[Batch, Metrics]:
         fields, metrics = jitted(state, reference, rollout, rewards, base)
-        return Batch(rollout, **fields), metrics
+        return Batch(**{"rollout": rollout} | fields), metrics
 
     return batch_of
 

@@ -92,6 +92,12 @@ def check_layout(
     _check_model_divides(model, mesh)
 
 
+def check_routing(model: DecoderConfig, routing: str) -> None:
+    """Refuses to replay the routing of a model that has none."""
+    if routing != "native" and not model.experts:
+        raise ValueError(f'routing="{routing}" needs a model with experts: leave it at "native"')
+
+
 def _check_model_divides(model: DecoderConfig, mesh: Mesh) -> None:
     """Key-value heads are never copied: `tensor` is at most their number."""
     for axis, sizes in (

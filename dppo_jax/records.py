@@ -54,6 +54,10 @@ class Rollout:
     # and every log-probability here is of those, renormalised; 0 outside response_mask.
     kept_count: Int[Array, "B T"] | None = None
     policy_version: Int[Array, "B T"] | None = None  # of the parameters that drew the token
+    # The experts that each fed token went to, for a replay of the routing; negative where nothing
+    # is recorded (a response's last token is never fed): the router chooses there.
+    prompt_experts: Int[Array, "P L layers k"] | None = None
+    experts: Int[Array, "B T layers k"] | None = None
 
 
 @jax.tree_util.register_dataclass

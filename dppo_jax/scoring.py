@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 from dppo_jax import divergence
 from dppo_jax.kernels.divergences import Policy, divergences
 from dppo_jax.kernels.head import fused_loss, head
-from dppo_jax.models.decoder import Decoder, Model, Params, response_states
+from dppo_jax.models.decoder import Decoder, Experts, Model, Params, response_states
+from dppo_jax.models.moe import differing_choices
 from dppo_jax.records import Batch, Max, Mean, Metrics, Rollout, TokenLocal, TokenStats
 from dppo_jax.sharding import flatten_tokens, head_layout, unflatten_tokens
 
@@ -31,15 +32,44 @@ def score(
     their policy, `exact_tv` and `exact_kl`, both sides scored here: numerical mismatch with the
     sampler is not in them. They carry no gradient.
     """
+    return score_and_routing(
+        model, params, rollout, temperature=temperature, rollout_params=rollout_params
+    )[0]
+
+
+def score_and_routing(
+    model: Model,
+    params: Params,
+    rollout: Rollout,
+    *,
+    temperature: float,
+    rollout_params: Params | None = None,
+) -> tuple[TokenStats, Metrics]:
+    """`score`, and where a routing is replayed the share of choices that the router would not make.
+
+    `routing/differing_fraction`: of the recorded (token, layer, slot) choices, prompts' included;
+    `mismatch/experts` is the same, and a run reports it of a step's first gradient step alone.
+    """
     decoder = model.bind(params)
-    hidden, ids = _states_and_ids(decoder, rollout)
+    hidden, ids, routing = _states_and_ids(decoder, rollout)
     stats = _stats(decoder, hidden, ids, rollout, temperature)
     if rollout_params is None:
-        return stats
+        return stats, routing
     sampler = model.bind(rollout_params)
-    theirs, _ = _states_and_ids(sampler, rollout)
+    theirs, _, _ = _states_and_ids(sampler, rollout)
     between = _exact(sampler, theirs, decoder, hidden, ids, stats, rollout, temperature)
-    return replace(stats, exact_tv=between.tv, exact_kl=between.kl)
+    return replace(stats, exact_tv=between.tv, exact_kl=between.kl), routing
+
+
+def with_own_routing(model: Model, params: Params, rollout: Rollout) -> Rollout:
+    """The rollout with the experts that these parameters' routers choose in the scorer (R2).
+
+    Replaying them keeps the routing still over a step's updates (arXiv 2512.01374).
+    """
+    _, chosen = _states(model.bind(params), replace(rollout, prompt_experts=None, experts=None))
+    if chosen is None:
+        raise ValueError("this model has no experts whose routing could be recorded")
+    return replace(rollout, prompt_experts=chosen.prompt, experts=chosen.response)
 
 
 def tightness(
@@ -52,8 +82,8 @@ def tightness(
     scorer's probabilities, so that numerical mismatch with the sampler is in none of them.
     """
     decoder, sampler = model.bind(params), model.bind(rollout_params)
-    hidden, ids = _states_and_ids(decoder, rollout)
-    theirs, _ = _states_and_ids(sampler, rollout)
+    hidden, ids, _ = _states_and_ids(decoder, rollout)
+    theirs, _, _ = _states_and_ids(sampler, rollout)
     mu = _stats(sampler, theirs, ids, rollout, temperature)
     pi = _stats(decoder, hidden, ids, rollout, temperature)
     between = _exact(sampler, theirs, decoder, hidden, ids, pi, rollout, temperature)
@@ -75,13 +105,13 @@ def tightness(
 
 def loss_and_score(
     model: Model, params: Params, batch: Batch, objective: TokenLocal, *, temperature: float
-) -> tuple[Float[Array, ""], TokenStats]:
-    """(the objective's loss sum, `score`), the loss's gradient made in the same pass.
+) -> tuple[Float[Array, ""], TokenStats, Metrics]:
+    """(the loss sum, `score`, its routing), the loss's gradient made in the same pass.
 
     The statistics carry no gradient. Equal to `objective.loss` of `score` up to rounding.
     """
     decoder, rollout = model.bind(params), batch.rollout
-    hidden, ids = _states_and_ids(decoder, rollout)
+    hidden, ids, routing = _states_and_ids(decoder, rollout)
     weights = flatten_tokens(objective.weights(rollout.response_mask))
 
     # Flat: JAX fills the rows' structure with placeholders, which a record's fields refuse.
@@ -107,12 +137,12 @@ def loss_and_score(
     )
     shape = rollout.response_tokens.shape
     logp, entropy = (unflatten_tokens(leaf, *shape) for leaf in (terms.logp, terms.entropy))
-    return total, _as_sampled(logp, entropy, rollout)
+    return total, _as_sampled(logp, entropy, rollout), routing
 
 
 def by_token(batch: Batch) -> Batch:
     """The batch with every response token as a sequence of one, without prompts."""
-    rollout = batch.rollout
+    rollout = replace(batch.rollout, prompt_experts=None, experts=None)
     tokens = rollout.response_mask.size
     nothing = jnp.zeros((tokens, 0), jnp.int32)
     repeated = jnp.broadcast_to(rollout.finish_reason[:, None], rollout.response_mask.shape)
@@ -244,19 +274,40 @@ def _exact(
     return _Exact(unflatten_tokens(between.tv, *shape), unflatten_tokens(between.kl, *shape))
 
 
-def _states_and_ids(
-    decoder: Decoder, rollout: Rollout
-) -> tuple[Float[Array, "N D"], Int[Array, "N J"]]:
-    """The hidden state that predicts each response token; its id and the stored top-K's."""
-    hidden = response_states(
+def _states(decoder: Decoder, rollout: Rollout) -> tuple[Float[Array, "B T D"], Experts | None]:
+    """The state that predicts each response token; the routing is the rollout's, if it has one."""
+    recorded = None
+    if rollout.experts is not None and rollout.prompt_experts is not None:
+        recorded = Experts(rollout.prompt_experts, rollout.experts)
+    return response_states(
         decoder,
         rollout.prompt_tokens,
         rollout.prompt_mask,
         rollout.response_tokens,
         rollout.response_mask,
+        recorded,
     )
+
+
+def _states_and_ids(
+    decoder: Decoder, rollout: Rollout
+) -> tuple[Float[Array, "N D"], Int[Array, "N J"], Metrics]:
+    """The state that predicts each response token; its id and the stored top-K's; the routing."""
+    hidden, native = _states(decoder, rollout)
     ids = jnp.concatenate([rollout.response_tokens[..., None], rollout.topk_ids], axis=-1)
-    return flatten_tokens(hidden), flatten_tokens(ids)
+    return flatten_tokens(hidden), flatten_tokens(ids), _routing(rollout, native)
+
+
+def _routing(rollout: Rollout, native: Experts | None) -> Metrics:
+    if rollout.experts is None or rollout.prompt_experts is None or native is None:
+        return {}
+    pairs = (rollout.prompt_experts, native.prompt), (rollout.experts, native.response)
+    counts = [
+        [jnp.sum(count, dtype=jnp.float32) for count in differing_choices(*pair)] for pair in pairs
+    ]
+    (asked, of_asked), (answered, of_answered) = counts
+    share = Mean(asked + answered, of_asked + of_answered)
+    return {"routing/differing_fraction": share, "mismatch/experts": share}
 
 
 def mismatch(stats: TokenStats, rollout: Rollout) -> Metrics:

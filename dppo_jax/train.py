@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
 from dppo_jax.models.decoder import DecoderConfig, Params
 from dppo_jax.models.lora import LoraConfig
 from dppo_jax.multihost import is_writer, row_share, to_global_rows
-from dppo_jax.preflight import check_needs, check_sizes, write_files
+from dppo_jax.preflight import check_needs, check_routing, check_sizes, write_files
 from dppo_jax.prompts import overlap as overlaps
 from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
 from dppo_jax.prompts.pipeline import PromptIterator, TooLong
@@ -81,6 +81,7 @@ def train(
     lora: LoraConfig | None = None,
     critic: ValueModel | None = None,
     rollout_policy: RolloutPolicy = current(),  # noqa: B008  immutable
+    routing: Literal["native", "replay", "replay_trainer"] = "native",
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  frozen
     eval_split: str = "test",
     eval_every: int = 0,
@@ -102,6 +103,9 @@ def train(
     steps (0: never) and after. Problems that they share with training are told, or refused.
     `reference` is what KL terms are measured from: by default the policy that the run starts with.
     With `lora` only adapters are trained, and the default reference is the policy without them.
+    Experts are chosen anew at each forward pass (`routing` "native"), or the sampler's are replayed
+    in scoring and update ("replay": R3), or those of the scorer before the updates in the updates
+    ("replay_trainer": R2).
     Every `exact_divergence_every` steps (0: never) `scoring.tightness` is measured after the step.
     Raises ValueError with one line where the configuration contradicts itself, and then leaves no
     `workdir` behind. `configuration` is what the run was asked for, as texts by file name; they
@@ -123,6 +127,8 @@ def train(
         max_prompt_tokens,
     )  # fmt: skip
     check_needs(needs, objective, valued, tokenizer, devices, sampling)
+    check_routing(model, routing)
+    recording = dataclasses.replace(sampling, record_experts=routing == "replay")
 
     with first_process_first("data"):  # which may prepare a set of it
         source = load_train(dataset, data_dir)
@@ -160,7 +166,13 @@ def train(
         network, objective, optimizer, valued, temperature=temperature, microbatches=microbatches
     )
     batch_of = make_batch_of(
-        network, objective, advantage, reward_penalty, valued, temperature=temperature
+        network,
+        objective,
+        advantage,
+        reward_penalty,
+        valued,
+        temperature=temperature,
+        replay_own_routing=routing == "replay_trainer",
     )
     choose = jax.jit(rollout_policy.choose, donate_argnums=0)
     tightness = make_tightness(network, sampling.temperature, parts=minibatches * microbatches)
@@ -254,7 +266,7 @@ def train(
             # A copy, since updates donate their parameters; each step, so that none compiles late.
             rollout_params = network.copied(mu) if exact or exact_divergence_every else None
             state = dataclasses.replace(state, rollout_memory=memory)
-            rollout = sample(network, mu, problems, step_key, mesh=devices, settings=sampling)
+            rollout = sample(network, mu, problems, step_key, mesh=devices, settings=recording)
             jax.block_until_ready(rollout)
             clock.lap("sampling")
 

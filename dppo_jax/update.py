@@ -22,7 +22,13 @@ from dppo_jax.records import (
     TrainState,
     fold_metrics,
 )
-from dppo_jax.scoring import kept_sizes, loss_and_score, mismatch, score, tightness
+from dppo_jax.scoring import (
+    kept_sizes,
+    loss_and_score,
+    mismatch,
+    score_and_routing,
+    tightness,
+)
 from dppo_jax.sharding import constrain
 
 # (state, batch), the parameters that sampled where the objective needs "exact_divergence" (else
@@ -184,12 +190,12 @@ def make_update(
                 vocab_size=model.config.vocab_size if counted else None,
             )
             if token_local is not None:
-                loss_sum, stats = loss_and_score(
+                loss_sum, stats, routing = loss_and_score(
                     model, params, rows, token_local, temperature=temperature
                 )
                 out = objective.loss(stats, rows)._replace(loss_sum=loss_sum)
             else:
-                stats = score(
+                stats, routing = score_and_routing(
                     model,
                     params,
                     rows.rollout,
@@ -200,7 +206,7 @@ def make_update(
                     values = critic.values(value_params, rows.rollout)
                     stats = dataclasses.replace(stats, values=values)
                 out = objective.loss(stats, rows)
-            more = mismatch(stats, rows.rollout) | kept_sizes(rows.rollout)
+            more = mismatch(stats, rows.rollout) | kept_sizes(rows.rollout) | routing
             return out._replace(metrics=out.metrics | more)
 
         trained = (state.params, () if critic is None else state.critic.params)

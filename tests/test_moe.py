@@ -26,7 +26,7 @@ def inputs(seed=0):
 
 
 def sparse(x, normalised):
-    gates, chosen = route(x["y"], x["router"], EACH, normalised)
+    gates, chosen, _ = route(x["y"], x["router"], EACH, normalised)
     return expert_mlps(x["y"], gates, chosen, x["gate"], x["up"], x["down"], jax.nn.silu)
 
 
@@ -58,7 +58,7 @@ def test_no_token_is_dropped_however_uneven_the_choice():
     x = inputs()
     x["y"] = jnp.abs(x["y"])
     x["router"] = jnp.zeros((WIDTH, EXPERTS)).at[:, 2:5].add(jnp.array([3.0, 2.0, 1.0]))
-    _, chosen = route(x["y"], x["router"], EACH, True)
+    _, chosen, _ = route(x["y"], x["router"], EACH, True)
     assert (np.asarray(chosen) == [2, 3, 4]).all()
     np.testing.assert_allclose(sparse(x, True), dense(x, True), rtol=2e-5, atol=2e-5)
 
@@ -66,8 +66,8 @@ def test_no_token_is_dropped_however_uneven_the_choice():
 def test_routing_is_in_float32_whatever_the_activations():
     x = inputs()
     half = x["y"].astype(jnp.bfloat16)
-    gates, chosen = route(half, x["router"], EACH, True)
-    exact, same = route(half.astype(jnp.float32), x["router"], EACH, True)
+    gates, chosen, _ = route(half, x["router"], EACH, True)
+    exact, same, _ = route(half.astype(jnp.float32), x["router"], EACH, True)
     assert gates.dtype == jnp.float32
     np.testing.assert_array_equal(chosen, same)
     np.testing.assert_array_equal(gates, exact)

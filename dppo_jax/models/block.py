@@ -6,11 +6,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.config import DecoderConfig
-from dppo_jax.models.moe import expert_mlps_on_mesh, route
+from dppo_jax.models.moe import expert_mlps_on_mesh, route, stored_ids
 from dppo_jax.models.rope import Rope, rotate
 from dppo_jax.sharding import constrain
 
@@ -118,25 +118,38 @@ class Block(nnx.Module):
 
     def finish(self, x: Float[Array, "N D"], attended: Float[Array, "N HD"]):
         """The residual stream after the attention's projection and the MLP."""
+        return self.finish_routed(x, attended)[0]
+
+    def finish_routed(
+        self,
+        x: Float[Array, "N D"],
+        attended: Float[Array, "N HD"],
+        replayed: Int[Array, "N k"] | None = None,
+    ) -> tuple[Float[Array, "N D"], Int[Array, "N k"] | None]:
+        """`finish`, and the experts that the router chooses; `replayed` ones take their place."""
         c = self.config
         attended = constrain(attended, "tokens", "heads")
         out = constrain(self._product(attended, "o").astype(x.dtype), "tokens", "width")
         if c.post_norms:
             out = normed(c, out, self.post_attention_norm)
         x = x + out
-        out = self._mlp(normed(c, x, self.mlp_norm))
+        out, native = self._mlp(normed(c, x, self.mlp_norm), replayed)
         if c.post_norms:
             out = normed(c, out, self.post_mlp_norm)
-        return x + out
+        return x + out, native
 
-    def _mlp(self, y: Float[Array, "N D"]):
+    def _mlp(self, y: Float[Array, "N D"], replayed: Int[Array, "N k"] | None):
         c = self.config
         activation = ACTIVATIONS[c.activation]
         if c.experts:
-            gates, chosen = route(y, gathered(self.router), c.experts_per_token, c.normalised_gates)
+            router = gathered(self.router)
+            routing = route(y, router, c.experts_per_token, c.normalised_gates, replayed)
             gate, up, down = (gathered(w) for w in (self.gate, self.up, self.down))
             found = {name: adapter_of(self, name) for name in ("gate", "up", "down")}
             adapters = {name: each.factors() for name, each in found.items() if each}
-            return expert_mlps_on_mesh(y, gates, chosen, gate, up, down, activation, adapters)
+            out = expert_mlps_on_mesh(
+                y, routing.gates, routing.chosen, gate, up, down, activation, adapters
+            )
+            return out, routing.native.astype(stored_ids(c.experts))
         gate, up = (constrain(self._product(y, name), "tokens", "mlp") for name in ("gate", "up"))
-        return constrain(self._product(activation(gate) * up, "down"), "tokens", "width")
+        return constrain(self._product(activation(gate) * up, "down"), "tokens", "width"), None

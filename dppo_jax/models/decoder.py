@@ -111,10 +111,30 @@ def _kinds(config: DecoderConfig) -> _Kind | None:
     )
 
 
+class Experts(NamedTuple):
+    """The experts of each fed token in each layer; negative where there is no such token."""
+
+    prompt: Int[Array, "P L layers k"]
+    response: Int[Array, "B T layers k"]
+
+    def only(self, prompt_mask: Bool[Array, "P L"], response_mask: Bool[Array, "B T"]) -> "Experts":
+        """Those of the tokens that another token follows, -1 at all others."""
+        followed = jnp.pad(response_mask[:, 1:], ((0, 0), (0, 1)))
+        return Experts(
+            jnp.where(prompt_mask[..., None, None], self.prompt, -1),
+            jnp.where(followed[..., None, None], self.response, -1),
+        )
+
+
 def _run_layers(
-    decoder: Decoder, tokens: Int[Array, "P N"], positions: Int[Array, "P N"], attend: Attend
+    decoder: Decoder,
+    tokens: Int[Array, "P N"],
+    positions: Int[Array, "P N"],
+    attend: Attend,
+    replayed: Int[Array, "P N layers k"] | None = None,
 ):
-    """Hidden states [P, N, D] after the final norm, and keys, values [layers, P, N, Hkv, d]."""
+    """Hidden states [P, N, D] after the final norm, keys, values [layers, P, N, Hkv, d], and the
+    experts that the routers choose [P, N, layers, k]; `replayed` ones take their place."""
     c = decoder.config
     # No position exceeds the columns of a row.
     tables = rope_tables(c, tokens.shape[1])
@@ -122,9 +142,11 @@ def _run_layers(
     ropes = [(cos[flat], sin[flat]) for cos, sin in tables]
     graphdef, stacked = nnx.split(decoder.blocks)
     kinds = _kinds(c)
+    if replayed is not None:
+        replayed = jnp.moveaxis(flatten_tokens(replayed), 1, 0)
 
     def layer(x, xs):
-        params, kind = xs
+        params, kind, experts = xs
         block = nnx.merge(graphdef, params)
         window: Window
         if kind is None:
@@ -134,16 +156,20 @@ def _run_layers(
             rope = jax.tree.map(lambda *of: jnp.where(kind.local, of[-1], of[0]), *ropes)
         q, k, v = block.queries_keys_values(x, rope)
         q, k, v = (unflatten_tokens(t, *tokens.shape) for t in (q, k, v))
-        x = block.finish(x, flatten_tokens(attend(q, k, v, window)))
-        return constrain(x, "tokens", "width"), (k, v)
+        attended = flatten_tokens(attend(q, k, v, window))
+        x, native = block.finish_routed(x, attended, experts)
+        return constrain(x, "tokens", "width"), ((k, v), native)
 
     if c.remat:
         layer = jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, c.remat_policy))
     x = constrain(decoder.embed(flatten_tokens(tokens)), "tokens", "width")
     # XLA's CPU backend copies every stacked residual of a rolled loop; a few layers unroll.
     unroll = c.layers if c.layers <= 8 else 1
-    x, keys_values = jax.lax.scan(layer, x, (stacked, kinds), unroll=unroll)
-    return unflatten_tokens(decoder.normed(x), *tokens.shape), keys_values
+    each = (stacked, kinds, replayed)
+    x, (keys_values, native) = jax.lax.scan(layer, x, each, unroll=unroll)
+    if native is not None:
+        native = unflatten_tokens(jnp.moveaxis(native, 0, 1), *tokens.shape)
+    return unflatten_tokens(decoder.normed(x), *tokens.shape), keys_values, native
 
 
 def _attention(config: DecoderConfig, q, k, v, mask, window: Window, prefix: Prefix | None = None):
@@ -155,6 +181,11 @@ def _attention(config: DecoderConfig, q, k, v, mask, window: Window, prefix: Pre
 
 def full_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
     """Left-padded sequences at once: hidden [B, S, D], and keys, values [layers, B, S, Hkv, d]."""
+    return routed_forward(decoder, tokens, mask)[:2]
+
+
+def routed_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
+    """`full_forward`, and each token's experts [B, S, layers, k]; None where there are none."""
 
     def attend(q, k, v, window):
         # Whole rows for whoever attends, where the mesh splits columns.
@@ -173,17 +204,19 @@ def response_states(
     prompt_mask: Bool[Array, "P L"],
     response_tokens: Int[Array, "B T"],
     response_mask: Bool[Array, "B T"],
-) -> Float[Array, "B T D"]:
-    """The hidden state that predicts each response token; row p*G + g answers prompt p.
+    replayed: Experts | None = None,
+) -> tuple[Float[Array, "B T D"], Experts | None]:
+    """The hidden state that predicts each response token, and the experts that the routers choose.
 
-    A prompt's tokens go through the layers once for its G responses, each of which attends to
-    them. A row of activations is a prompt followed by its responses, so that rows stay whole on
-    the devices that hold them. A response's last token is predicted and predicts nothing.
+    Row p*G + g answers prompt p. `replayed` experts take the chosen ones' place. A prompt's tokens
+    go through the layers once for its G responses, each of which attends to them. A row of
+    activations is a prompt followed by its responses, so that rows stay whole on the devices that
+    hold them. A response's last token is predicted and predicts nothing.
     Where the mesh splits columns: `_split_response_states`.
     """
     if sequence_shards() > 1:
         return _split_response_states(
-            decoder, prompt_tokens, prompt_mask, response_tokens, response_mask
+            decoder, prompt_tokens, prompt_mask, response_tokens, response_mask, replayed
         )
     (prompts, length), (batch, new) = prompt_tokens.shape, response_tokens.shape
     samples, fed = batch // prompts, new - 1
@@ -204,14 +237,25 @@ def response_states(
         theirs = _attention(decoder.config, q, k, v, fed_mask, window, prefix)
         return jnp.concatenate([own[:, 0], theirs.reshape(prompts, samples * fed, -1)], axis=1)
 
-    hidden, _ = _run_layers(
+    experts = None
+    if replayed is not None:
+        theirs = replayed.response[:, :-1]
+        theirs = theirs.reshape(prompts, samples * fed, *theirs.shape[2:])
+        experts = jnp.concatenate([replayed.prompt, theirs], axis=1)
+    hidden, _, native = _run_layers(
         decoder,
         jnp.concatenate([prompt_tokens, fed_tokens], axis=1),
         jnp.concatenate([positions_of(prompt_mask), fed_positions], axis=1),
         attend,
+        experts,
     )
     first = jnp.repeat(hidden[:, length - 1], samples, axis=0)
-    return jnp.concatenate([first[:, None], hidden[:, length:].reshape(batch, fed, -1)], axis=1)
+    states = jnp.concatenate([first[:, None], hidden[:, length:].reshape(batch, fed, -1)], axis=1)
+    if native is None:
+        return states, None
+    own = native[:, length:].reshape(batch, fed, *native.shape[2:])
+    chosen = Experts(native[:, :length], jnp.pad(own, ((0, 0), (0, 1), (0, 0), (0, 0))))
+    return states, chosen.only(prompt_mask, response_mask)
 
 
 def _split_response_states(
@@ -220,7 +264,8 @@ def _split_response_states(
     prompt_mask: Bool[Array, "P L"],
     response_tokens: Int[Array, "B T"],
     response_mask: Bool[Array, "B T"],
-) -> Float[Array, "B T D"]:
+    replayed: Experts | None,
+) -> tuple[Float[Array, "B T D"], Experts | None]:
     """`response_states` on a mesh whose axis `sequence` splits L and T, which it divides.
 
     A response is fed from the prompt's last token on, so that each of its T columns predicts its
@@ -230,15 +275,25 @@ def _split_response_states(
     shards, samples = sequence_shards(), batch // prompts
 
     def rows(asked, answers):  # [P, L], [P, G, T] -> [P, N]: a device's piece of every sequence
-        asked = asked.reshape(prompts, shards, -1)
-        answers = answers.reshape(prompts, samples, shards, -1).swapaxes(1, 2)
-        whole = jnp.concatenate([asked, answers.reshape(prompts, shards, -1)], axis=2)
-        return constrain(whole.reshape(prompts, -1), "batch", "columns")
+        more = asked.shape[2:]
+        asked = asked.reshape(prompts, shards, -1, *more)
+        answers = answers.reshape(prompts, samples, shards, -1, *more).swapaxes(1, 2)
+        whole = jnp.concatenate([asked, answers.reshape(prompts, shards, -1, *more)], axis=2)
+        whole = whole.reshape(prompts, -1, *more)
+        return constrain(whole, "batch", "columns", *(None for _ in more))
 
-    def shifted(first, later):  # [P], [B, T] -> [P, G, T]
-        first = jnp.broadcast_to(first[:, None, None], (prompts, samples, 1))
-        later = later.reshape(prompts, samples, new)
-        return jnp.concatenate([first, later[..., :-1]], axis=2)
+    def apart(x):  # [P, N, ...] -> [P, L, ...], [B, T, ...]: the inverse of `rows`
+        more, cut = x.shape[2:], length // shards
+        pieces = x.reshape(prompts, shards, -1, *more)
+        asked = pieces[:, :, :cut].reshape(prompts, length, *more)
+        answers = pieces[:, :, cut:].reshape(prompts, shards, samples, -1, *more).swapaxes(1, 2)
+        return asked, answers.reshape(batch, new, *more)
+
+    def shifted(first, later):  # [P, ...], [B, T, ...] -> [P, G, T, ...]
+        more = first.shape[1:]
+        first = jnp.broadcast_to(first[:, None, None], (prompts, samples, 1, *more))
+        later = later.reshape(prompts, samples, new, *more)
+        return jnp.concatenate([first, later[:, :, :-1]], axis=2)
 
     fed_mask = shifted(jnp.ones(prompts, bool), response_mask)
     last = positions_of(prompt_mask)[:, -1:, None]
@@ -250,15 +305,22 @@ def _split_response_states(
             scale=c.attention_scale, soft_cap=c.attention_soft_cap, window=window,
         )  # fmt: skip
 
-    hidden, _ = _run_layers(
+    experts = None
+    if replayed is not None:
+        experts = rows(replayed.prompt, shifted(replayed.prompt[:, -1], replayed.response))
+    hidden, _, native = _run_layers(
         decoder,
         rows(prompt_tokens, shifted(prompt_tokens[:, -1], response_tokens)),
         rows(positions_of(prompt_mask), last + positions_of(fed_mask)),
         attend,
+        experts,
     )
-    answers = hidden.reshape(prompts, shards, -1, c.width)[:, :, length // shards :]
-    answers = answers.reshape(prompts, shards, samples, -1, c.width).swapaxes(1, 2)
-    return constrain(answers.reshape(batch, new, c.width), "batch", "columns", None)
+    states = constrain(apart(hidden)[1], "batch", "columns", None)
+    if native is None:
+        return states, None
+    asked, fed = apart(native)  # column t was fed response token t - 1
+    chosen = Experts(asked, jnp.roll(fed, -1, axis=1))
+    return states, chosen.only(prompt_mask, response_mask)
 
 
 class Model:

@@ -9,6 +9,7 @@ dimension is split and the parts of its output are summed.
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +21,56 @@ from dppo_jax.sharding import spec_of
 LowRank = Mapping[str, tuple[Array, Array]]
 
 
+class Routing(NamedTuple):
+    """Where each token goes."""
+
+    gates: Float[Array, "N k"]
+    chosen: Int[Array, "N k"]
+    native: Int[Array, "N k"]  # the router's own choice, which a replay overrides
+
+
 def route(
-    y: Float[Array, "N D"], router: Float[Array, "D E"], experts_per_token: int, normalised: bool
-) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
+    y: Float[Array, "N D"],
+    router: Float[Array, "D E"],
+    experts_per_token: int,
+    normalised: bool,
+    replayed: Int[Array, "N k"] | None = None,
+) -> Routing:
     """Gates and ids of each token's experts, most likely first; all in float32.
 
     The k largest of p = softmax(y·router), divided by their sum where `normalised`
-    (Qwen3-MoE, arXiv 2505.09388; transformers' Qwen3MoeTopKRouter).
+    (Qwen3-MoE, arXiv 2505.09388; transformers' Qwen3MoeTopKRouter). Ids of `replayed` take the
+    place of the k largest, except where they are negative; the gates are this router's at them, so
+    that its gradient flows (Rollout Routing Replay, arXiv 2510.11370).
     """
     logits = jnp.dot(y.astype(jnp.float32), router, preferred_element_type=jnp.float32)
-    gates, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts_per_token)
-    if normalised:
-        gates /= jnp.sum(gates, axis=-1, keepdims=True)
-    return gates, chosen
+    p = jax.nn.softmax(logits, axis=-1)
+    _, native = jax.lax.top_k(jax.lax.stop_gradient(p), experts_per_token)
+    chosen = native
+    if replayed is not None:
+        chosen = jnp.where(replayed < 0, native, replayed.astype(native.dtype))
+    if normalised:  # p / Σp without a quotient of two tiny numbers
+        gates = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1), axis=-1)
+    else:
+        gates = jnp.take_along_axis(p, chosen, axis=-1)
+    return Routing(gates, chosen, native)
+
+
+def stored_ids(experts: int) -> jnp.dtype:
+    """The smallest type that holds an expert's id, and -1 for none."""
+    return jnp.dtype(jnp.int8 if experts <= 128 else jnp.int16)
+
+
+def differing_choices(
+    recorded: Int[Array, "*N k"], native: Int[Array, "*N k"]
+) -> tuple[Int[Array, "*N"], Int[Array, "*N"]]:
+    """Of each token's recorded experts: how many its router would not choose, and how many.
+
+    Order does not matter; ids below 0 are not recorded.
+    """
+    known = recorded >= 0
+    same = jnp.any(recorded[..., :, None] == native[..., None, :], axis=-1)
+    return jnp.sum(known & ~same, axis=-1), jnp.sum(known, axis=-1)
 
 
 def expert_mlps(

@@ -23,11 +23,12 @@ from dppo_jax.models.block import Block
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import (
     Decoder,
+    Experts,
     Model,
     Params,
-    full_forward,
     positions_of,
     rope_tables,
+    routed_forward,
 )
 from dppo_jax.models.rope import Rope
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
@@ -53,6 +54,7 @@ class SamplingConfig:
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     min_p: float = 0.0
+    record_experts: bool = False  # of a mixture of experts, for a replay of its routing
     # Sampling one of these ends the response and belongs to it; a run adds its tokenizer's.
     end_ids: tuple[int, ...] = ()
     truncated_sampling: Literal["replay", "refuse"] = "replay"
@@ -141,15 +143,16 @@ def _attend_cache(
 
 
 def _prefill(decoder: Decoder, prompts: Prompts, samples: int):
-    """The last prompt token's hidden state [P, D] and every layer's cache, without room yet."""
-    hidden, (keys, values) = full_forward(decoder, prompts.tokens, prompts.mask)
+    """The last prompt token's hidden state [P, D], every layer's cache, without room yet, and the
+    prompts' experts [P, L, layers, k]."""
+    hidden, (keys, values), experts = routed_forward(decoder, prompts.tokens, prompts.mask)
 
     def cache_of(k, v):  # [P, L, Hkv, d] each
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         nothing = jnp.zeros((len(k) * samples, k.shape[1], 0, k.shape[3]), k.dtype)
         return LayerCache(k, v, nothing, nothing)
 
-    return hidden[:, -1], [cache_of(keys[i], values[i]) for i in range(len(keys))]
+    return hidden[:, -1], [cache_of(keys[i], values[i]) for i in range(len(keys))], experts
 
 
 def _grown(cache: LayerCache, room: int) -> LayerCache:
@@ -178,10 +181,11 @@ def _decode(
     prompt_mask: Bool[Array, "P L"],
     ropes: Sequence[Rope],
 ):
-    """Runs the tokens of one response column through every layer: their hidden state [B, D]."""
+    """Runs the tokens of one response column through every layer: their hidden state [B, D], the
+    caches, and each layer's experts [B, k]."""
     c = decoder.config
     x = constrain(decoder.embed(tokens), "tokens", "width")
-    new_caches = []
+    new_caches, experts = [], []
     for block, cache, window in zip(blocks, caches, c.windows, strict=True):
         q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
         update = jax.lax.dynamic_update_slice_in_dim
@@ -189,9 +193,11 @@ def _decode(
             response_k=update(cache.response_k, k[:, :, None], column, axis=2),
             response_v=update(cache.response_v, v[:, :, None], column, axis=2),
         )
-        x = block.finish(x, _attend_cache(c, q, cache, prompt_mask, column, window))
+        attended = _attend_cache(c, q, cache, prompt_mask, column, window)
+        x, chosen = block.finish_routed(x, attended)
         new_caches.append(cache)
-    return decoder.normed(x), new_caches
+        experts.append(chosen)
+    return decoder.normed(x), new_caches, experts
 
 
 class _Progress(NamedTuple):
@@ -202,6 +208,7 @@ class _Progress(NamedTuple):
     active: Bool[Array, " B"]  # sequences that have not ended
     record: Drawn  # [T, B, ...]
     mask: Bool[Array, "T B"]
+    experts: Experts | None  # prompts' [P, L, layers, k], responses' [T, B, layers, k]
 
 
 def _columns(
@@ -222,7 +229,7 @@ def _columns(
     batch, end_ids = len(prompt_lengths), jnp.asarray(settings.end_ids, jnp.int32)
 
     def draw_column(hidden, progress: _Progress) -> _Progress:
-        step, caches, active, record, mask = progress
+        step, caches, active, record, mask, experts = progress
         drawn = sample(
             hidden,
             unembedding,
@@ -238,13 +245,14 @@ def _columns(
         )
         record = jax.tree.map(lambda room, leaf: room.at[step].set(leaf), record, drawn)
         mask = mask.at[step].set(active)
-        return _Progress(step + 1, caches, active & ~jnp.isin(drawn.token, end_ids), record, mask)
+        active &= ~jnp.isin(drawn.token, end_ids)
+        return _Progress(step + 1, caches, active, record, mask, experts)
 
     def advance(progress: _Progress) -> _Progress:
         column = progress.step - 1
         positions = prompt_lengths + column
         with viewed("decode"):
-            hidden, caches = _decode(
+            hidden, caches, chosen = _decode(
                 decoder,
                 blocks,
                 progress.caches,
@@ -253,7 +261,11 @@ def _columns(
                 prompts.mask,
                 [(cos[positions], sin[positions]) for cos, sin in tables],
             )
-        return draw_column(hidden, progress._replace(caches=caches))
+        experts = progress.experts
+        if experts is not None:
+            response = experts.response.at[column].set(jnp.stack(chosen, axis=1))
+            experts = experts._replace(response=response)
+        return draw_column(hidden, progress._replace(caches=caches, experts=experts))
 
     def room(shape, dtype):
         return constrain(jnp.zeros((length, batch, *shape), dtype), None, "batch")
@@ -269,10 +281,14 @@ def _columns(
     )
 
     def first() -> _Progress:
-        hidden, caches = _prefill(decoder, prompts, samples)
+        hidden, caches, asked = _prefill(decoder, prompts, samples)
+        experts = None
+        if settings.record_experts:
+            experts = Experts(asked, room(asked.shape[2:], asked.dtype))
+        everyone = jnp.ones((batch,), bool)
         return draw_column(
             jnp.repeat(hidden, samples, axis=0),
-            _Progress(jnp.int32(0), caches, jnp.ones((batch,), bool), record, room((), bool)),
+            _Progress(jnp.int32(0), caches, everyone, record, room((), bool), experts),
         )
 
     return first, advance
@@ -330,6 +346,10 @@ def generate(
     for end in stages(settings.max_new_tokens):
         progress = _stage(advance, progress, end, settings.max_new_tokens)
     by_row = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), progress.record)
+    experts = progress.experts
+    if experts is not None:
+        by_sequence = Experts(experts.prompt, jnp.swapaxes(experts.response, 0, 1))
+        experts = by_sequence.only(prompts.mask, progress.mask.T)
     return Rollout(
         prompt_tokens=prompts.tokens,
         prompt_mask=prompts.mask,
@@ -341,4 +361,6 @@ def generate(
         entropy_rollout=by_row.entropy,
         finish_reason=jnp.where(progress.active, FINISH_LENGTH, FINISH_STOP).astype(jnp.int32),
         kept_count=by_row.kept_count,
+        prompt_experts=experts and experts.prompt,
+        experts=experts and experts.response,
     )
