@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.config import DecoderConfig
-from dppo_jax.models.moe import expert_mlps_on_mesh, route, stored_ids
+from dppo_jax.models.expert_parallel import expert_mlps_on_mesh
+from dppo_jax.models.moe import route, stored_ids
 from dppo_jax.models.rope import Rope, rotate
 from dppo_jax.sharding import constrain
 

@@ -2,10 +2,7 @@
 
 Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`): no token is
 dropped, no expert has a capacity, and the work is that of `experts_per_token` experts a token.
-
-On a mesh every device sorts its own tokens and no token travels: the experts' weights, split where
-they are stored (FSDP), are gathered for a layer at a time; over `tensor` each expert's inner
-dimension is split and the parts of its output are summed.
+On a mesh: `expert_parallel`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-
-from dppo_jax.sharding import spec_of
 
 # "gate", "up", "down" -> the adapter's A [E, in, r] and s·B [E, r, out] (`adapters.Adapter`)
 LowRank = Mapping[str, tuple[Array, Array]]
@@ -93,6 +88,26 @@ def expert_mlps(
     sizes = jnp.bincount(flat, length=len(gate)).astype(jnp.int32)
     grouped = y[order // each]
 
+    out = grouped_mlps(grouped, sizes, gate, up, down, activation, adapters)
+    by_token = out[jnp.argsort(order)].reshape(tokens, each, -1)
+    return jnp.einsum("nkd,nk->nd", by_token, gates.astype(y.dtype))
+
+
+def grouped_mlps(
+    x: Float[Array, "M D"],
+    sizes: Int[Array, " E"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    activation: Callable[[Array], Array],
+    adapters: LowRank | None = None,
+    summed: tuple[str, ...] = (),
+) -> Float[Array, "M D"]:
+    """Each expert's MLP on its rows: the first sizes_0 are expert 0's, and so on.
+
+    `summed`: mesh axes that D is split over, inside `jax.shard_map`.
+    """
+
     def product(x: Array, name: str, weight: Array) -> Array:
         out = jax.lax.ragged_dot(x, weight.astype(x.dtype), sizes)
         if adapters and name in adapters:
@@ -100,37 +115,7 @@ def expert_mlps(
             out += jax.lax.ragged_dot(jax.lax.ragged_dot(x, a, sizes), b, sizes)
         return out
 
-    opened, linear = product(grouped, "gate", gate), product(grouped, "up", up)
-    out = product(activation(opened) * linear, "down", down)
-    by_token = out[jnp.argsort(order)].reshape(tokens, each, -1)
-    return jnp.einsum("nkd,nk->nd", by_token, gates.astype(y.dtype))
-
-
-def expert_mlps_on_mesh(
-    y: Float[Array, "N D"],
-    gates: Float[Array, "N k"],
-    chosen: Int[Array, "N k"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
-    activation: Callable[[Array], Array],
-    adapters: LowRank | None = None,
-) -> Float[Array, "N D"]:
-    """`expert_mlps`, its rows split as "batch" is and F as "mlp" on the mesh that is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return expert_mlps(y, gates, chosen, gate, up, down, activation, adapters)
-    rows = spec_of(("tokens",), mesh, "compute")
-    into = spec_of((None, None, "mlp"), mesh, "compute")
-    out = spec_of((None, "mlp"), mesh, "compute")
-    whole = spec_of((), mesh, "compute")
-    adapters = dict(adapters or {})
-    low_rank = {name: (out, whole) if name == "down" else (whole, into) for name in adapters}
-
-    def local(y, gates, chosen, gate, up, down, adapters):
-        part = expert_mlps(y, gates, chosen, gate, up, down, activation, adapters)
-        return jax.lax.psum(part, "tensor")
-
-    specs = (rows, rows, rows, into, into, out, low_rank)
-    split = jax.shard_map(local, in_specs=specs, out_specs=rows)
-    return split(y, gates, chosen, gate, up, down, adapters)
+    opened, linear = product(x, "gate", gate), product(x, "up", up)
+    if summed:
+        opened, linear = jax.lax.psum((opened, linear), summed)
+    return product(activation(opened) * linear, "down", down)
