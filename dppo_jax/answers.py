@@ -69,8 +69,34 @@ def everyones(answers: Answers, samples_per_prompt: int, share: RowShare) -> Gra
     )
 
 
-def reward_metrics(graded: Graded) -> dict[str, float]:
-    """What a step logs of its rewards, under `reward/`; parts of a weighted reward too."""
+def together(parts: Sequence[Answers]) -> Answers:
+    """All answers of several batches, in order."""
+    return Answers(
+        [text for part in parts for text in part.texts],
+        [ended for part in parts for ended in part.finished],
+        np.concatenate([part.lengths for part in parts]),
+        [verdict for part in parts for verdict in part.verdicts],
+    )
+
+
+def together_graded(batches: Sequence[Graded]) -> Graded:
+    """The verdicts of several batches as those of one."""
+    names = sorted({name for batch in batches for name in batch.parts})
+
+    def scores(batch: Graded, name: str) -> np.ndarray:
+        return batch.parts.get(name, np.full(len(batch.lengths), np.nan, np.float32))
+
+    return Graded(
+        rewards=np.concatenate([batch.rewards for batch in batches], axis=1),
+        lengths=np.concatenate([batch.lengths for batch in batches]),
+        finished=np.concatenate([batch.finished for batch in batches]),
+        failures=np.concatenate([batch.failures for batch in batches]),
+        parts={name: np.concatenate([scores(b, name) for b in batches]) for name in names},
+    )
+
+
+def answer_metrics(graded: Graded) -> dict[str, float]:
+    """What a step logs of its answers; parts of a weighted reward too."""
     rewards = graded.rewards.reshape(-1, graded.rewards.shape[-1])  # [P, G]
     failures = [FAILURES[code] for code in graded.failures]
     return {
@@ -80,7 +106,11 @@ def reward_metrics(graded: Graded) -> dict[str, float]:
         "reward/verifier_errors": len(failures) - failures.count(""),
         "reward/verifier_timeouts": failures.count("timeout"),
         "reward/verifier_crashes": failures.count("crash"),
-    } | {f"reward/{name}": float(np.nanmean(scores)) for name, scores in graded.parts.items()}
+        **{f"reward/{name}": float(np.nanmean(each)) for name, each in graded.parts.items()},
+        "response/length": float(graded.lengths.mean()),
+        "response/finished": float(np.mean(graded.finished)),
+        "response/tokens": int(graded.lengths.sum()),
+    }
 
 
 def log_samples(

@@ -1,4 +1,4 @@
-"""Sampling with rewards, as training does it, and evaluation over named sets of problems."""
+"""Evaluation over named sets of problems: sampled and graded as training does it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,20 +11,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dppo_jax.answers import Answered, Answers, by_problem, evaluation_of, read_answers, regrade
+from dppo_jax.collect import answers_later, prompts_of
 from dppo_jax.evaluation_scores import Evaluation
 from dppo_jax.hf_exchange import load_model
 from dppo_jax.metrics import JsonLines
 from dppo_jax.models.decoder import DecoderConfig, Model, Params
-from dppo_jax.multihost import own_file, row_share, to_global_rows, to_local_rows
+from dppo_jax.multihost import own_file, row_share
 from dppo_jax.prompts.examples import Example, PromptFileError
 from dppo_jax.prompts.mixture import Dataset
 from dppo_jax.prompts.pipeline import PromptBatch, TooLong, evaluation_batches
 from dppo_jax.prompts.store import load
 from dppo_jax.prompts.tokenizers import Tokenizer
-from dppo_jax.records import FINISH_STOP, Prompts, Rollout
-from dppo_jax.rewards.verdicts import Verifier, grade_later
-from dppo_jax.sampling.generate import SamplingConfig, generate
-from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides
+from dppo_jax.rewards.verdicts import Verifier
+from dppo_jax.sampling.generate import SamplingConfig
+from dppo_jax.sampling.rollouts import MakeRollouts, RolloutContext, RolloutSource
+from dppo_jax.sharding import MeshConfig, check_divides
 
 
 @dataclass(frozen=True)
@@ -38,45 +39,6 @@ class EvalSet:
     verifier: Verifier | None = None
     prompts_per_batch: int | None = None
     name: str = ""  # in metrics and tables; the data set's where empty
-
-
-def sample(
-    model: Model,
-    params: Params,
-    batch: PromptBatch,
-    key: jax.Array,
-    *,
-    mesh: Mesh,
-    settings: SamplingConfig,
-) -> Rollout:
-    """Responses to every prompt of the batch, on the devices."""
-    prompts = Prompts(*to_global_rows((batch.tokens, batch.mask), batch_sharding(mesh)))
-    return generate(model, params, prompts, key, settings=settings)
-
-
-def answers_later(
-    rollout: Rollout,
-    examples: Sequence[Example],
-    *,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    verifier: Verifier,
-) -> Callable[[], Answers]:
-    """The rollout's texts, and what the verifier says of them once the result is called.
-
-    Until then an isolated verifier works in its own processes, while the devices go on here.
-    """
-    tokens, mask, reason = to_local_rows(
-        (rollout.response_tokens, rollout.response_mask, rollout.finish_reason),
-        batch_sharding(mesh),
-    )
-    samples = len(tokens) // len(examples)
-    texts = [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
-    finished = [bool(r == FINISH_STOP) for r in reason]
-    each = [example for example in examples for _ in range(samples)]
-    lengths = mask.sum(axis=1)
-    verdicts = grade_later(verifier, each, texts, finished, lengths.tolist())
-    return lambda: Answers(texts, finished, lengths, verdicts.result())
 
 
 class Evaluated(NamedTuple):
@@ -115,9 +77,10 @@ class Evaluator:
 
     def __init__(
         self,
-        model: Model,
+        source: RolloutSource,
         sets: Sequence[EvalSet],
         *,
+        vocab_size: int,
         mesh: Mesh,
         tokenizer: Tokenizer,
         verifier: Verifier,
@@ -128,7 +91,7 @@ class Evaluator:
         too_long: TooLong,
         seed: int,
     ):
-        self._model, self._mesh, self._tokenizer, self._seed = model, mesh, tokenizer, seed
+        self._source, self._mesh, self._tokenizer, self._seed = source, mesh, tokenizer, seed
         self._max_prompt_tokens, self._too_long = max_prompt_tokens, too_long
         self._sets: dict[str, EvalSet] = {}
         self.held_out: dict[str, list[Example]] = {}
@@ -141,7 +104,7 @@ class Evaluator:
                 end_ids=(tokenizer.end_id,),
                 truncated_sampling="refuse",  # nobody scores these: no kept set need be recorded
             )
-            settings.check(model.config.vocab_size)
+            settings.check(vocab_size)
             batch = each.prompts_per_batch or prompts_per_batch
             check_divides(mesh, "batch", {f"prompts_per_batch of {name}": batch})
             self._sets[name] = dataclasses.replace(
@@ -173,13 +136,11 @@ class Evaluator:
             # A batch is graded while the next one is sampled.
             graded: list[tuple[PromptBatch, Callable[[], Answers]]] = []
             for number, batch in enumerate(batches):
-                rollout = sample(
-                    self._model,
+                rollout = self._source.rollout(
                     params,
-                    batch,
+                    prompts_of(batch, self._mesh),
                     jax.random.fold_in(key, number),
-                    mesh=self._mesh,
-                    settings=each.sampling,
+                    each.sampling,
                 )
                 answers = answers_later(
                     rollout,
@@ -224,6 +185,7 @@ def evaluate_checkpoint(
     max_prompt_tokens: int,
     too_long: TooLong,
     mesh: MeshConfig,
+    rollouts: MakeRollouts,
     eval_split: str,
     eval_prompts: int | None,
     eval_sets: Sequence[EvalSet] | None,
@@ -232,8 +194,9 @@ def evaluate_checkpoint(
     """Evaluates a run's newest checkpoint or a Hugging Face folder; arguments as of `train`."""
     network, devices = Model(model), mesh.build()
     evaluator = Evaluator(
-        network,
+        rollouts(RolloutContext(network, devices, tokenizer, max_prompt_tokens)),
         eval_sets_or_default(eval_sets, dataset, eval_split, eval_prompts),
+        vocab_size=model.vocab_size,
         mesh=devices,
         tokenizer=tokenizer,
         verifier=verifier,

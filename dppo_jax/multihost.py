@@ -141,3 +141,10 @@ def own_file(path: Path) -> Path:
     """This process's file where each writes one: name.jsonl, name-1.jsonl, name-2.jsonl, ..."""
     process = jax.process_index()
     return path.with_stem(f"{path.stem}-{process}") if process else path
+
+
+def everywhere(array: jax.Array) -> np.ndarray:
+    """A global array as a whole, the same on the host of every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

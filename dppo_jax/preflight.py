@@ -24,6 +24,7 @@ def check_sizes(
     minibatches: int,
     microbatches: int,
     max_prompt_tokens: int,
+    rollout_batches: int = 1,
 ) -> None:
     """Refuses contradictions before anything is computed."""
     if tokenizer.vocab_size > model.vocab_size:
@@ -32,8 +33,9 @@ def check_sizes(
             f"{model.vocab_size}: set DecoderConfig.vocab_size to at least the tokenizer's"
         )
     check_layout(
-        model, sampling, mesh, steps, prompts_per_step, minibatches, microbatches, max_prompt_tokens
-    )
+        model, sampling, mesh, steps, prompts_per_step, minibatches, microbatches,
+        max_prompt_tokens, rollout_batches,
+    )  # fmt: skip
 
 
 def check_layout(
@@ -45,6 +47,7 @@ def check_layout(
     minibatches: int,
     microbatches: int,
     max_prompt_tokens: int,
+    rollout_batches: int = 1,
 ) -> None:
     """What of it needs no tokenizer."""
     sampling.check(model.vocab_size)
@@ -63,7 +66,8 @@ def check_layout(
             f"top_k={sampling.top_k} keeps more than the top_k_capture={sampling.top_k_capture} "
             "tokens that are recorded: raise top_k_capture to it"
         )
-    for name, parts in (("minibatches", minibatches), ("microbatches", microbatches)):
+    counts = {"minibatches": minibatches, "microbatches": microbatches}
+    for name, parts in (counts | {"rollout_batches": rollout_batches}).items():
         if parts < 1:
             raise ValueError(f"{name}={parts} must be at least 1")
     if prompts_per_step % (minibatches * microbatches):
@@ -71,11 +75,17 @@ def check_layout(
             f"prompts_per_step={prompts_per_step} does not divide into minibatches={minibatches} x "
             f"microbatches={microbatches}: change one of them"
         )
+    if prompts_per_step % rollout_batches:
+        raise ValueError(
+            f"prompts_per_step={prompts_per_step} does not divide into "
+            f"rollout_batches={rollout_batches}: change one of them"
+        )
     check_divides(
         mesh,
         "batch",
         {
             "prompts_per_step": prompts_per_step,
+            "prompts of a rollout batch": prompts_per_step // rollout_batches,
             "prompts of a microbatch": prompts_per_step // (minibatches * microbatches),
         },
     )

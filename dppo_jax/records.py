@@ -53,7 +53,8 @@ class Rollout:
     # Where the sampler's filters were replayed: it drew from the first so many of topk_ids alone,
     # and every log-probability here is of those, renormalised; 0 outside response_mask.
     kept_count: Int[Array, "B T"] | None = None
-    policy_version: Int[Array, "B T"] | None = None  # of the parameters that drew the token
+    # Training steps done when the token was drawn; None where all are of the same parameters.
+    policy_version: Int[Array, "B T"] | None = None
     # The experts that each fed token went to, for a replay of the routing; negative where nothing
     # is recorded (a response's last token is never fed): the router chooses there.
     prompt_experts: Int[Array, "P L layers k"] | None = None

@@ -17,22 +17,22 @@ import optax
 
 from dppo_jax import lora_run
 from dppo_jax.advantages import Estimator, group_mean_baseline
-from dppo_jax.answers import everyones, log_samples, reward_metrics
+from dppo_jax.answers import log_samples
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
 from dppo_jax.bounds import with_improvement
 from dppo_jax.checkpoint import Checkpoints, load_params, newest_step, save_params
 from dppo_jax.clusters import Preempted
+from dppo_jax.collect import Collector
 from dppo_jax.console import Console
 from dppo_jax.critic import Critic, ValueModel
+from dppo_jax.dynamic_sampling import DynamicSampling
 from dppo_jax.evaluate import (
     EvalSet,
     Evaluator,
     accuracies,
-    answers_later,
     eval_sets_or_default,
     first_accuracy,
     open_answers,
-    sample,
 )
 from dppo_jax.hosts import Preemption, first_process_first
 from dppo_jax.initial_policy import InitialContext, InitialPolicy, hf_folder
@@ -40,7 +40,7 @@ from dppo_jax.masked_tokens import as_json, most_masked
 from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
 from dppo_jax.models.decoder import DecoderConfig, Params
 from dppo_jax.models.lora import LoraConfig
-from dppo_jax.multihost import is_writer, row_share, to_global_rows
+from dppo_jax.multihost import is_writer, row_share
 from dppo_jax.preflight import check_needs, check_routing, check_sizes, write_files
 from dppo_jax.prompts import overlap as overlaps
 from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
@@ -50,7 +50,8 @@ from dppo_jax.records import Metrics, Objective, TrainState
 from dppo_jax.rewards.verdicts import Verifier, check_examples
 from dppo_jax.rollout_policy import RolloutPolicy, current
 from dppo_jax.sampling.generate import SamplingConfig
-from dppo_jax.sharding import MeshConfig, batch_sharding
+from dppo_jax.sampling.rollouts import Lockstep, MakeRollouts, RolloutContext
+from dppo_jax.sharding import MeshConfig
 from dppo_jax.timing import Pace, Stopwatch
 from dppo_jax.update import init_state, make_tightness, make_update, take_prompts
 
@@ -80,8 +81,11 @@ def train(
     reference: InitialPolicy | None = None,
     lora: LoraConfig | None = None,
     critic: ValueModel | None = None,
+    rollouts: MakeRollouts = Lockstep,
     rollout_policy: RolloutPolicy = current(),  # noqa: B008  immutable
     routing: Literal["native", "replay", "replay_trainer"] = "native",
+    rollout_batches: int = 1,
+    dynamic_sampling: DynamicSampling | None = None,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  frozen
     eval_split: str = "test",
     eval_every: int = 0,
@@ -97,7 +101,9 @@ def train(
     """Trains a policy and returns what `summary.json` holds.
 
     A step samples `sampling.samples_per_prompt` responses to each of `prompts_per_step` prompts and
-    takes `minibatches` gradient steps over them, each accumulated over `microbatches`. A `workdir`
+    takes `minibatches` gradient steps over them, each accumulated over `microbatches`. `rollouts`
+    makes what samples; it is asked in `rollout_batches` parts, each graded while the next is
+    sampled, and with `dynamic_sampling` for more prompts where groups have no spread. A `workdir`
     that holds a run is resumed at its newest checkpoint. Evaluation over `eval_sets` (where None:
     the first `eval_prompts` of the data set's `eval_split`) happens before, every `eval_every`
     steps (0: never) and after. Problems that they share with training are told, or refused.
@@ -118,24 +124,26 @@ def train(
     directory = Path(workdir)
     network = lora_run.network_of(model, lora)
     devices = mesh.build()
-    rows, share = batch_sharding(devices), row_share(devices)
+    share = row_share(devices)
     sampling = dataclasses.replace(sampling, end_ids=(tokenizer.end_id,))
     valued = None if critic is None else Critic(critic, model)
     needs = needs_of(objective, advantage, reward_penalty)
     check_sizes(
         model, tokenizer, sampling, devices, steps, prompts_per_step, minibatches, microbatches,
-        max_prompt_tokens,
+        max_prompt_tokens, rollout_batches,
     )  # fmt: skip
     check_needs(needs, objective, valued, tokenizer, devices, sampling)
     check_routing(model, routing)
     recording = dataclasses.replace(sampling, record_experts=routing == "replay")
 
+    source = rollouts(RolloutContext(network, devices, tokenizer, max_prompt_tokens))
     with first_process_first("data"):  # which may prepare a set of it
-        source = load_train(dataset, data_dir)
-        check_examples(verifier, [source[i] for i in range(min(100, len(source)))])
+        problems = load_train(dataset, data_dir)
+        check_examples(verifier, [problems[i] for i in range(min(100, len(problems)))])
         evaluate = Evaluator(
-            network,
+            source,
             eval_sets_or_default(eval_sets, dataset, eval_split, eval_prompts),
+            vocab_size=model.vocab_size,
             mesh=devices,
             tokenizer=tokenizer,
             verifier=verifier,
@@ -146,10 +154,10 @@ def train(
             too_long=too_long,
             seed=seed,
         )
-    for line in overlaps.check_overlap(source, evaluate.held_out, overlap):
+    for line in overlaps.check_overlap(problems, evaluate.held_out, overlap):
         console.say(f"warning: {line}")
     prompts = PromptIterator(
-        source,
+        problems,
         tokenizer,
         prompts_per_step=prompts_per_step,
         max_prompt_tokens=max_prompt_tokens,
@@ -158,6 +166,17 @@ def train(
         process_count=share.count,
         too_long=too_long,
         curriculum=curriculum,
+    )
+    collect = Collector(
+        source,
+        prompts,
+        mesh=devices,
+        tokenizer=tokenizer,
+        verifier=verifier,
+        settings=recording,
+        prompts_per_step=prompts_per_step,
+        batches=rollout_batches,
+        dynamic=dynamic_sampling,
     )
     key = jax.random.key(seed)
     initial_key, sampling_key = jax.random.split(key)
@@ -203,7 +222,7 @@ def train(
                 devices,
                 initial_key,
                 tokenizer,
-                source,
+                problems,
                 max_prompt_tokens,
                 sampling.max_new_tokens,
                 lambda step, of, loss: console.step(
@@ -259,24 +278,17 @@ def train(
         pace = Pace()
         for step in range(done, steps):
             compiled, clock = compilations.total, Stopwatch()
-            problems = next(prompts)
             step_key = jax.random.fold_in(sampling_key, step)
             whole = network.policy(state.params, base)
             mu, memory = choose(state.rollout_memory, whole, step, step_key)
             # A copy, since updates donate their parameters; each step, so that none compiles late.
             rollout_params = network.copied(mu) if exact or exact_divergence_every else None
             state = dataclasses.replace(state, rollout_memory=memory)
-            rollout = sample(network, mu, problems, step_key, mesh=devices, settings=recording)
-            jax.block_until_ready(rollout)
-            clock.lap("sampling")
 
-            answers = answers_later(
-                rollout, problems.examples, mesh=devices, tokenizer=tokenizer, verifier=verifier
-            )()
-            graded = everyones(answers, sampling.samples_per_prompt, share)
-            clock.lap("rewards")
+            rollout, rewards, examples, answers, sampled = collect(
+                mu, step_key, clock, version=step
+            )
 
-            rewards = to_global_rows(graded.rewards[share.index], rows)
             batch, known = batch_of(state, frozen, rollout, rewards, base)
             jax.block_until_ready(batch)
             clock.lap("scoring")
@@ -290,16 +302,12 @@ def train(
             numbers = _step_numbers(gathered) | reduce_metrics(known)
             clock.lap("update")
 
-            tokens = int(graded.lengths.sum())
             numbers |= {
-                **reward_metrics(graded),
-                "response/length": float(graded.lengths.mean()),
-                "response/finished": float(np.mean(graded.finished)),
-                "response/tokens": tokens,
+                **sampled,
                 "prompts/epoch": prompts.epoch,
                 **{f"prompts/epoch/{name}": n for name, n in prompts.epochs.items() if name},
                 **clock.seconds,
-                "time/tokens_per_second": tokens / clock.seconds["time/step"],
+                "time/tokens_per_second": sampled["response/tokens"] / clock.seconds["time/step"],
                 "time/compilations": compilations.total - compiled,
             }
             if step > done and numbers["time/compilations"]:
@@ -314,7 +322,7 @@ def train(
                     tightness(rollout_params, network.policy(state.params, base), rollout)
                 )
             log.write(step=step, **numbers)
-            log_samples(samples, step, problems.examples, answers, samples_logged)
+            log_samples(samples, step, examples, answers, samples_logged)
             _refuse_not_finite(numbers, step)
             console.step(
                 "step",

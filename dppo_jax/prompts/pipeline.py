@@ -58,17 +58,18 @@ class PromptIterator:
         too_long: TooLong = "error",
         curriculum: Curriculum | None = None,
     ):
-        self._rows = _rows_per_process(prompts_per_step, process_index, process_count)
+        _rows_per_process(prompts_per_step, process_index, process_count)  # which checks them
         kept, self._digest = _scan(source, tokenizer, max_prompt_tokens, too_long)
         self.dropped = len(source) - len(kept)
-        self.step = 0  # batches taken
+        self.step = 0  # training steps that have had their prompts
+        self._ahead = 0  # prompts taken in the present stage beyond prompts_per_step a step
         self._source = source
         self._stages = stages(source, kept, curriculum, seed)
         shape = [(stage.first_step, stage.pools) for stage in self._stages]
         if len(shape) > 1 or len(shape[0][1]) > 1:
             self._digest = hashlib.sha256(repr((self._digest, shape)).encode()).hexdigest()[:16]
         self._prompts_per_step = prompts_per_step
-        self._process_index = process_index
+        self._process = process_index, process_count
         self._seed = seed
         self._collate = functools.partial(_batch, tokenizer=tokenizer, columns=max_prompt_tokens)
 
@@ -80,8 +81,12 @@ class PromptIterator:
     @property
     def epochs(self) -> dict[str, int]:
         """The same for each set of a mixture; its key is "" where there is but one."""
-        stage = self._stage()
-        return stage.passes((self.step - stage.first_step) * self._prompts_per_step)
+        return self._stage().passes(self._taken)
+
+    @property
+    def _taken(self) -> int:
+        """Prompts taken in the present stage."""
+        return (self.step - self._stage().first_step) * self._prompts_per_step + self._ahead
 
     def _stage(self) -> Stage:
         return [stage for stage in self._stages if stage.first_step <= self.step][-1]
@@ -90,17 +95,31 @@ class PromptIterator:
         return self
 
     def __next__(self) -> PromptBatch:
+        """The prompts of a step that takes `prompts_per_step`, no more and no fewer."""
+        batch = self.take(self._prompts_per_step)
+        self.end_step()
+        return batch
+
+    def take(self, prompts: int) -> PromptBatch:
+        """The next `prompts` of this step, counted over all processes, and a process's part."""
+        rows = _rows_per_process(prompts, *self._process)
+        start = self._taken + self._process[0] * rows
+        stream = self._stage().stream
+        self._ahead += prompts
+        return self._collate([self._source[stream[n]] for n in range(start, start + rows)])
+
+    def end_step(self) -> None:
+        """The step has all the prompts that it asks for; a curriculum goes on."""
         stage = self._stage()
-        start = (self.step - stage.first_step) * self._prompts_per_step
-        start += self._process_index * self._rows
-        rows = [stage.stream[place] for place in range(start, start + self._rows)]
         self.step += 1
-        return self._collate([self._source[row] for row in rows])
+        same = self._stage() is stage
+        self._ahead = self._ahead - self._prompts_per_step if same else 0
 
     def get_state(self) -> dict[str, int | str]:
-        """The position, which JSON can hold; it is the same in every process."""
+        """The position between two steps, for JSON; it is the same in every process."""
         return {
             "step": self.step,
+            "ahead": self._ahead,
             "seed": self._seed,
             "prompts_per_step": self._prompts_per_step,
             "digest": self._digest,
@@ -122,7 +141,7 @@ class PromptIterator:
                     f"cannot resume the prompts: {what} ({state[key]} when saved, {own[key]} now);"
                     " restore it, or start a new run"
                 )
-        self.step = int(state["step"])
+        self.step, self._ahead = int(state["step"]), int(state["ahead"])
 
 
 def evaluation_batches(

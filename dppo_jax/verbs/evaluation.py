@@ -17,7 +17,8 @@ from dppo_jax.multihost import is_writer, own_file
 
 _NEEDED = (
     "model", "tokenizer", "dataset", "data_dir", "verifier", "sampling", "prompts_per_step",
-    "max_prompt_tokens", "too_long", "mesh", "eval_split", "eval_prompts", "eval_sets", "seed",
+    "max_prompt_tokens", "too_long", "mesh", "rollouts", "eval_split", "eval_prompts", "eval_sets",
+    "seed",
 )  # fmt: skip
 
 

@@ -1,0 +1,135 @@
+"""The seam between the trainer and what samples for it: one protocol, and the sampler at home.
+
+Anything that answers prompts with tokens and their log-probabilities can stand behind it. A recipe
+chooses by a factory, called once with what a run knows:
+
+    train.train.rollouts = @rollouts.Lockstep
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from dppo_jax.models.decoder import Model, Params
+from dppo_jax.multihost import to_global_rows, to_local_rows
+from dppo_jax.prompts.tokenizers import Tokenizer
+from dppo_jax.records import Prompts, Rollout
+from dppo_jax.sampling.generate import SamplingConfig, generate
+from dppo_jax.sampling.requests import Completion
+from dppo_jax.sharding import batch_sharding
+
+
+@runtime_checkable
+class RolloutSource(Protocol):
+    """What the trainer and evaluation ask for rollouts."""
+
+    def rollout(
+        self,
+        params: Params,
+        prompts: Prompts,
+        key: Array,
+        settings: SamplingConfig,
+        *,
+        first: int = 0,
+        version: int = 0,
+    ) -> Rollout:
+        """`settings.samples_per_prompt` responses to each prompt, as global arrays on the mesh.
+
+        `params` are the same object as long as the weights are the same: a source that keeps a copy
+        elsewhere sends new ones when it sees another. `key` is the step's; `first` is the place of
+        prompt 0 among the step's prompts, so that a step asked in parts has no draw twice.
+        `version` is what to record as `Rollout.policy_version`, where anything is.
+        """
+
+
+class RolloutContext(NamedTuple):
+    """What a run knows when it makes its source."""
+
+    model: Model
+    mesh: Mesh
+    tokenizer: Tokenizer
+    max_prompt_tokens: int
+
+
+MakeRollouts = Callable[[RolloutContext], RolloutSource]
+
+
+class Lockstep:
+    """The sampler of `sampling.generate`, in this program: a batch runs to its longest response."""
+
+    def __init__(self, context: RolloutContext):
+        self._model = context.model
+
+    def rollout(
+        self,
+        params: Params,
+        prompts: Prompts,
+        key: Array,
+        settings: SamplingConfig,
+        *,
+        first: int = 0,
+        version: int = 0,
+    ) -> Rollout:
+        """See `RolloutSource`; the draws of a part depend on where it begins."""
+        key = jax.random.fold_in(key, 2**31 + first) if first else key
+        return generate(self._model, params, prompts, key, settings=settings)
+
+
+def prompt_ids(prompts: Prompts, mesh: Mesh) -> list[list[int]]:
+    """The tokens of this process's prompts, without padding, for a source outside of JAX."""
+    tokens, mask = to_local_rows((prompts.tokens, prompts.mask), batch_sharding(mesh))
+    return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+
+
+def from_completions(
+    prompts: Prompts, completions: Sequence[Completion], settings: SamplingConfig, mesh: Mesh
+) -> Rollout:
+    """This process's completions, prompt by prompt, as part of the rollout of all processes.
+
+    Raises ValueError where their number or a length does not fit, or a request was refused.
+    """
+    rows = batch_sharding(mesh)
+    local_prompts = to_local_rows(prompts.mask, rows)
+    batch, length = len(local_prompts) * settings.samples_per_prompt, settings.max_new_tokens
+    if len(completions) != batch:
+        raise ValueError(f"{len(completions)} completions came back for {batch} samples")
+    k = settings.top_k_capture
+
+    def room(kind: type, *shape: int) -> np.ndarray:
+        return np.zeros((batch, length, *shape), kind)
+
+    mask, tokens, version = room(np.bool_), room(np.int32), room(np.int32)
+    logp, entropy = room(np.float32), room(np.float32)
+    topk_ids, topk_logp = room(np.int32, k), room(np.float32, k)
+    for row, completion in enumerate(completions):
+        if completion.error:
+            raise ValueError(f"the sampler refused a prompt of the batch: {completion.error}")
+        count = len(completion.tokens)
+        if not 1 <= count <= length or completion.topk_ids.shape != (count, k):
+            raise ValueError(
+                f"a completion of {count} tokens with top-K {completion.topk_ids.shape} came back; "
+                f"asked were 1 to {length} tokens with K = {k}"
+            )
+        mask[row, :count] = True
+        tokens[row, :count] = completion.tokens
+        logp[row, :count] = completion.logp
+        entropy[row, :count] = completion.entropy
+        topk_ids[row, :count] = completion.topk_ids
+        topk_logp[row, :count] = completion.topk_logp
+        version[row, :count] = completion.policy_version
+    reason = np.array([completion.finish_reason for completion in completions], np.int32)
+    sampled = dict(
+        response_tokens=tokens,
+        response_mask=mask,
+        logp_rollout=logp,
+        topk_ids=topk_ids,
+        topk_logp_rollout=topk_logp,
+        entropy_rollout=entropy,
+        finish_reason=reason,
+        policy_version=version,
+    )
+    return Rollout(prompts.tokens, prompts.mask, **to_global_rows(sampled, rows))

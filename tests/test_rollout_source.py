@@ -1,0 +1,122 @@
+"""Training through the seam: an engine elsewhere, divided steps, dynamic sampling."""
+
+import json
+import shutil
+
+import pytest
+from remote_engine import serving
+
+pytestmark = pytest.mark.usefixtures("compiled_programs_are_kept")
+
+REMOTE = """
+from __gin__ import dynamic_registration
+from dppo_jax import train
+import remote_engine
+include "{toy}"
+train.train.rollouts = @remote_engine.over_http()
+remote_engine.over_http.url = "{url}"
+"""
+DYNAMIC = """
+from __gin__ import dynamic_registration
+from dppo_jax import dynamic_sampling
+from dppo_jax import train
+import toy_rewards
+include "{toy}"
+train.train.verifier = @toy_rewards.begins_even
+train.train.rollout_batches = 2
+train.train.dynamic_sampling = @dynamic_sampling.DynamicSampling()
+"""
+
+
+def numbers(workdir):
+    """The metrics of each step that do not depend on the clock."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith("time/")}
+        for line in lines
+    ]
+
+
+def test_an_engine_elsewhere_trains_the_same_policy(dppo, toy_recipe, tmp_path):
+    """Prompts go out, tokens with log-probabilities come back: no number is another. New weights
+    are sent once a step and once for each evaluation."""
+    home = dppo("train", toy_recipe, "--workdir", tmp_path / "home", "--gin.STEPS=2")
+    assert home.status == 0, home.err
+    with serving() as (server, url):
+        recipe = tmp_path / "remote.gin"
+        recipe.write_text(REMOTE.format(toy=toy_recipe, url=url))
+        away = dppo("train", recipe, "--workdir", tmp_path / "away", "--gin.STEPS=2")
+        assert away.status == 0, away.err
+        assert server.asked.count("weights") == 2 + 2
+        evaluated = 2 * 2  # 12 problems, 8 at a time
+        assert server.asked.count("generate") == 2 + evaluated
+        again = dppo("eval", recipe, "--checkpoint", tmp_path / "away", "--json")
+        assert again.status == 0 and server.asked.count("weights") == 5
+    for ours, theirs in zip(numbers(tmp_path / "away"), numbers(tmp_path / "home"), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+    assert (tmp_path / "away/answers.jsonl").read_text() == (
+        tmp_path / "home/answers.jsonl"
+    ).read_text()
+
+
+@pytest.fixture(scope="module")
+def dynamic(dppo, toy_recipe, tmp_path_factory):
+    """A recipe with dynamic sampling over divided steps, and a finished run of it."""
+    folder = tmp_path_factory.mktemp("dynamic")
+    (folder / "dynamic.gin").write_text(DYNAMIC.format(toy=toy_recipe))
+    done = dppo("train", folder / "dynamic.gin", "--workdir", folder / "run")
+    assert done.status == 0 and "recompiled" not in done.out, done.err
+    return folder
+
+
+def test_dynamic_sampling_in_a_run(dynamic):
+    written = numbers(dynamic / "run")
+    assert sum(line["groups/replaced"] for line in written) > 0
+    for line in written:
+        assert 1 <= line["rollout/batches"] <= 3
+        assert line["prompts/consumed"] == 8 * line["rollout/batches"]
+        drawn = line["reward/groups_with_spread"] * line["prompts/consumed"]
+        assert drawn == pytest.approx(8 - line["groups/without_spread"] + line["groups/unused"])
+        assert line["groups/without_spread"] == 0 or line["rollout/batches"] == 3
+    assert len({line["prompts/consumed"] for line in written}) > 1
+    compiled = [
+        json.loads(line)["time/compilations"]
+        for line in (dynamic / "run/metrics.jsonl").read_text().splitlines()
+    ]
+    assert compiled[1:] == [0] * 3
+
+
+def test_dynamic_sampling_resumes_at_the_very_prompt(dppo, dynamic, tmp_path):
+    """Stopped after step 2 of 4, with another number of prompts consumed than 2 x 8."""
+    stopped = tmp_path / "stopped"
+    shutil.copytree(dynamic / "run", stopped)
+    shutil.rmtree(stopped / "checkpoints" / "4")
+    (stopped / "summary.json").unlink()
+    done = dppo("train", dynamic / "dynamic.gin", "--workdir", stopped)
+    assert done.status == 0 and "after step 2 of 4" in done.out, done.err
+    assert numbers(stopped) == numbers(dynamic / "run")
+    samples = [(each / "samples.jsonl").read_text() for each in (stopped, dynamic / "run")]
+    assert samples[0] == samples[1]
+
+
+def test_the_operative_configuration_repeats_dynamic_sampling(dppo, dynamic, tmp_path):
+    operative = dynamic / "run" / "operative_config.gin"
+    done = dppo("train", operative, "--workdir", tmp_path / "again", "--gin.STEPS=2")
+    assert done.status == 0, done.err
+    assert "max_batches = 3" in operative.read_text()
+    for ours, theirs in zip(numbers(tmp_path / "again"), numbers(dynamic / "run"), strict=False):
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gin.train.train.rollout_batches=3"], "prompts_per_step=8 does not divide into roll"),
+        (["--gin.train.train.rollout_batches=0"], "rollout_batches=0 must be at least 1"),
+        (["--gin.dynamic_sampling.DynamicSampling.max_batches=1"], "max_batches=1"),
+    ],
+)
+def test_divisions_that_make_no_sense(dppo, dynamic, tmp_path, flags, message):
+    done = dppo("train", dynamic / "dynamic.gin", "--workdir", tmp_path / "run", *flags)
+    assert done.status == 2 and message in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
