@@ -1,7 +1,7 @@
 """Sampled responses as text with the verifier's verdicts, in memory and in `answers.jsonl`."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -13,7 +13,9 @@ from dppo_jax.metrics import JsonLines
 from dppo_jax.multihost import RowShare, gather_parts, gather_rows
 from dppo_jax.prompts.examples import Example
 from dppo_jax.prompts.rows import Row, read_rows
-from dppo_jax.rewards.verdicts import Failure, Verdict, Verifier, grade
+from dppo_jax.prompts.tokenizers import Tokenizer
+from dppo_jax.records import FINISH_STOP
+from dppo_jax.rewards.verdicts import Failure, Verdict, Verifier, grade, grade_later
 
 FAILURES = get_args(Failure)
 
@@ -67,6 +69,26 @@ def everyones(answers: Answers, samples_per_prompt: int, share: RowShare) -> Gra
         failures=failures.astype(int),
         parts=dict(zip(names, parts, strict=True)),
     )
+
+
+def answers_of(
+    drawn: Sequence[np.ndarray],
+    finish_reasons: Sequence[int],
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    verifier: Verifier,
+) -> Callable[[], Answers]:
+    """Responses as text, and what the verifier says of them once the result is called.
+
+    Until then an isolated verifier works in its own processes, while the caller goes on. The
+    responses of a prompt follow one another.
+    """
+    texts = [tokenizer.decode(tokens.tolist()) for tokens in drawn]
+    finished = [reason == FINISH_STOP for reason in finish_reasons]
+    each = [example for example in examples for _ in range(len(drawn) // len(examples))]
+    lengths = np.array([len(tokens) for tokens in drawn])
+    verdicts = grade_later(verifier, each, texts, finished, lengths.tolist())
+    return lambda: Answers(texts, finished, lengths, verdicts.result())
 
 
 def together(parts: Sequence[Answers]) -> Answers:

@@ -6,7 +6,7 @@ while the next is sampled.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from dppo_jax.answers import (
     Answers,
     Graded,
     answer_metrics,
+    answers_of,
     everyones,
     together,
     together_graded,
@@ -27,8 +28,8 @@ from dppo_jax.multihost import everywhere, row_share, split_rows, to_global_rows
 from dppo_jax.prompts.examples import Example
 from dppo_jax.prompts.pipeline import PromptBatch, PromptIterator
 from dppo_jax.prompts.tokenizers import Tokenizer
-from dppo_jax.records import FINISH_STOP, Prompts, Rollout
-from dppo_jax.rewards.verdicts import Verifier, grade_later
+from dppo_jax.records import Prompts, Rollout
+from dppo_jax.rewards.verdicts import Verifier
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sampling.rollouts import RolloutSource
 from dppo_jax.sharding import batch_sharding
@@ -56,13 +57,18 @@ def answers_later(
         (rollout.response_tokens, rollout.response_mask, rollout.finish_reason),
         batch_sharding(mesh),
     )
-    samples = len(tokens) // len(examples)
-    texts = [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
-    finished = [bool(r == FINISH_STOP) for r in reason]
-    each = [example for example in examples for _ in range(samples)]
-    lengths = mask.sum(axis=1)
-    verdicts = grade_later(verifier, each, texts, finished, lengths.tolist())
-    return lambda: Answers(texts, finished, lengths, verdicts.result())
+    drawn = [row[kept] for row, kept in zip(tokens, mask, strict=True)]
+    return answers_of(drawn, reason.tolist(), examples, tokenizer, verifier)
+
+
+class Asking(NamedTuple):
+    """What every step has in common."""
+
+    mesh: Mesh
+    tokenizer: Tokenizer
+    verifier: Verifier
+    sampling: SamplingConfig
+    prompts_per_step: int
 
 
 class Collected(NamedTuple):
@@ -96,20 +102,14 @@ class Collector:
         self,
         source: RolloutSource,
         prompts: PromptIterator,
-        *,
-        mesh: Mesh,
-        tokenizer: Tokenizer,
-        verifier: Verifier,
-        settings: SamplingConfig,
-        prompts_per_step: int,
+        asking: Asking,
         batches: int = 1,
         dynamic: DynamicSampling | None = None,
     ):
-        self._source, self._prompts, self._mesh = source, prompts, mesh
-        self._tokenizer, self._verifier, self._settings = tokenizer, verifier, settings
+        self._source, self._prompts, self._asking = source, prompts, asking
         self._batches, self._dynamic = batches, dynamic
-        self._size = prompts_per_step // batches
-        self._share = row_share(mesh)
+        self._size = asking.prompts_per_step // batches
+        self._share = row_share(asking.mesh)
         self._compiled = False
 
     def __call__(
@@ -150,10 +150,17 @@ class Collector:
         answers = together([part.answers for part in parts])
         numbers |= answer_metrics(together_graded([part.graded for part in parts]))
         numbers["prompts/consumed"] = len(parts) * self._size
-        on_devices = split_rows(rewards, batch_sharding(self._mesh))
+        on_devices = split_rows(rewards, batch_sharding(self._asking.mesh))
         examples = [example for part in parts for example in part.examples]
         clock.lap("rewards")
         return Collected(rollout, on_devices, examples, answers, numbers)
+
+    def carried(self) -> list[Any]:
+        """What a checkpoint must hold beside the prompts' position: nothing."""
+        return []
+
+    def carry(self, examples: list[Any]) -> None:
+        """Nothing is in flight between two steps."""
 
     def _ask(
         self,
@@ -173,9 +180,9 @@ class Collector:
             batch = self._prompts.take(self._size)
             rollout = self._source.rollout(
                 params,
-                prompts_of(batch, self._mesh),
+                prompts_of(batch, self._asking.mesh),
                 key,
-                self._settings,
+                self._asking.sampling,
                 first=number * self._size,
                 version=version,
             )
@@ -191,18 +198,15 @@ class Collector:
         parts = []
         for (batch, rollout), wait in zip(sampled, verdicts, strict=True):
             answers = wait()
-            graded = everyones(answers, self._settings.samples_per_prompt, self._share)
+            graded = everyones(answers, self._asking.sampling.samples_per_prompt, self._share)
             own = graded.rewards[self._share.index]
-            rewards = everywhere(to_global_rows(own, batch_sharding(self._mesh)))
+            rewards = everywhere(to_global_rows(own, batch_sharding(self._asking.mesh)))
             parts.append(_Part(batch.examples, rollout, answers, graded, rewards))
         clock.lap("rewards")
         return parts
 
     def _grade(self, batch: PromptBatch, rollout: Rollout) -> Callable[[], Answers]:
+        mesh, tokenizer, verifier, *_ = self._asking
         return answers_later(
-            rollout,
-            batch.examples,
-            mesh=self._mesh,
-            tokenizer=self._tokenizer,
-            verifier=self._verifier,
+            rollout, batch.examples, mesh=mesh, tokenizer=tokenizer, verifier=verifier
         )

@@ -194,7 +194,7 @@ def evaluate_checkpoint(
     """Evaluates a run's newest checkpoint or a Hugging Face folder; arguments as of `train`."""
     network, devices = Model(model), mesh.build()
     evaluator = Evaluator(
-        rollouts(RolloutContext(network, devices, tokenizer, max_prompt_tokens)),
+        rollouts(RolloutContext(network, devices, tokenizer, max_prompt_tokens, sampling)),
         eval_sets_or_default(eval_sets, dataset, eval_split, eval_prompts),
         vocab_size=model.vocab_size,
         mesh=devices,

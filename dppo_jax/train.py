@@ -19,10 +19,9 @@ from dppo_jax import lora_run
 from dppo_jax.advantages import Estimator, group_mean_baseline
 from dppo_jax.answers import log_samples
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
-from dppo_jax.bounds import with_improvement
 from dppo_jax.checkpoint import Checkpoints, load_params, newest_step, save_params
 from dppo_jax.clusters import Preempted
-from dppo_jax.collect import Collector
+from dppo_jax.collect import Asking, Collector
 from dppo_jax.console import Console
 from dppo_jax.critic import Critic, ValueModel
 from dppo_jax.dynamic_sampling import DynamicSampling
@@ -41,17 +40,19 @@ from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
 from dppo_jax.models.decoder import DecoderConfig, Params
 from dppo_jax.models.lora import LoraConfig
 from dppo_jax.multihost import is_writer, row_share
+from dppo_jax.partial_rollouts import PartialCollector, PartialRollouts, check_partial
 from dppo_jax.preflight import check_needs, check_routing, check_sizes, write_files
 from dppo_jax.prompts import overlap as overlaps
 from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
 from dppo_jax.prompts.pipeline import PromptIterator, TooLong
 from dppo_jax.prompts.tokenizers import Tokenizer
-from dppo_jax.records import Metrics, Objective, TrainState
+from dppo_jax.records import Objective, TrainState
 from dppo_jax.rewards.verdicts import Verifier, check_examples
 from dppo_jax.rollout_policy import RolloutPolicy, current
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sampling.rollouts import Lockstep, MakeRollouts, RolloutContext
 from dppo_jax.sharding import MeshConfig
+from dppo_jax.step_numbers import fraction, refuse_not_finite, step_numbers
 from dppo_jax.timing import Pace, Stopwatch
 from dppo_jax.update import init_state, make_tightness, make_update, take_prompts
 
@@ -86,6 +87,7 @@ def train(
     routing: Literal["native", "replay", "replay_trainer"] = "native",
     rollout_batches: int = 1,
     dynamic_sampling: DynamicSampling | None = None,
+    partial_rollouts: PartialRollouts | None = None,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008  frozen
     eval_split: str = "test",
     eval_every: int = 0,
@@ -103,8 +105,9 @@ def train(
     A step samples `sampling.samples_per_prompt` responses to each of `prompts_per_step` prompts and
     takes `minibatches` gradient steps over them, each accumulated over `microbatches`. `rollouts`
     makes what samples; it is asked in `rollout_batches` parts, each graded while the next is
-    sampled, and with `dynamic_sampling` for more prompts where groups have no spread. A `workdir`
-    that holds a run is resumed at its newest checkpoint. Evaluation over `eval_sets` (where None:
+    sampled, and with `dynamic_sampling` for more prompts where groups have no spread; with
+    `partial_rollouts` what is unfinished goes on in the next step. A `workdir` that holds a run is
+    resumed at its newest checkpoint. Evaluation over `eval_sets` (where None:
     the first `eval_prompts` of the data set's `eval_split`) happens before, every `eval_every`
     steps (0: never) and after. Problems that they share with training are told, or refused.
     `reference` is what KL terms are measured from: by default the policy that the run starts with.
@@ -136,7 +139,7 @@ def train(
     check_routing(model, routing)
     recording = dataclasses.replace(sampling, record_experts=routing == "replay")
 
-    source = rollouts(RolloutContext(network, devices, tokenizer, max_prompt_tokens))
+    source = rollouts(RolloutContext(network, devices, tokenizer, max_prompt_tokens, recording))
     with first_process_first("data"):  # which may prepare a set of it
         problems = load_train(dataset, data_dir)
         check_examples(verifier, [problems[i] for i in range(min(100, len(problems)))])
@@ -167,17 +170,13 @@ def train(
         too_long=too_long,
         curriculum=curriculum,
     )
-    collect = Collector(
-        source,
-        prompts,
-        mesh=devices,
-        tokenizer=tokenizer,
-        verifier=verifier,
-        settings=recording,
-        prompts_per_step=prompts_per_step,
-        batches=rollout_batches,
-        dynamic=dynamic_sampling,
-    )
+    asking = Asking(devices, tokenizer, verifier, recording, prompts_per_step)
+    collect: Collector | PartialCollector
+    if partial_rollouts is None:
+        collect = Collector(source, prompts, asking, rollout_batches, dynamic_sampling)
+    else:
+        engine = check_partial(source, dynamic_sampling, rollout_batches)
+        collect = PartialCollector(engine, prompts, asking, partial_rollouts)
     key = jax.random.key(seed)
     initial_key, sampling_key = jax.random.split(key)
     temperature = sampling.temperature
@@ -263,6 +262,7 @@ def train(
             if "logp_ref" in needs and (reference or not base):
                 frozen = load_params(directory / "reference", base or state.params)
             prompts.set_state(position["prompts"])
+            collect.carry(position.get("carried", []))
             before = position["before"]
             seconds_before = position["seconds"]
             write_files(directory, configuration or {})
@@ -299,7 +299,7 @@ def train(
                 minibatch = take_prompts(batch, jnp.asarray(chosen))
                 state, metrics = update(state, minibatch, rollout_params if exact else None, base)
                 gathered.append(metrics)
-            numbers = _step_numbers(gathered) | reduce_metrics(known)
+            numbers = step_numbers(gathered) | reduce_metrics(known)
             clock.lap("update")
 
             numbers |= {
@@ -323,14 +323,14 @@ def train(
                 )
             log.write(step=step, **numbers)
             log_samples(samples, step, examples, answers, samples_logged)
-            _refuse_not_finite(numbers, step)
+            refuse_not_finite(numbers, step)
             console.step(
                 "step",
                 step + 1,
                 steps,
                 {
                     "reward": f"{numbers['reward/mean']:.3f}",
-                    "masked": _fraction(numbers.get("mask/fraction")),
+                    "masked": fraction(numbers.get("mask/fraction")),
                     "mismatch": f"{numbers['mismatch/logp_abs_mean']:.1e}",
                     "tokens/s": f"{numbers['time/tokens_per_second']:,.0f}",
                 },
@@ -339,7 +339,7 @@ def train(
             last = step + 1 == steps
             stop = preemption.anywhere() and not last
             if last or stop or (checkpoint_every and (step + 1) % checkpoint_every == 0):
-                position["prompts"] = prompts.get_state()
+                position |= {"prompts": prompts.get_state(), "carried": collect.carried()}
                 position["seconds"] = seconds_before + time.monotonic() - started
                 checkpoints.save(step + 1, state, key, position)
             if stop:
@@ -373,28 +373,3 @@ def train(
     if is_writer():
         summary_path.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def _step_numbers(metrics: Sequence[Metrics]) -> dict[str, float]:
-    """One number a metric, over all of the step's gradient steps; `mismatch/*` of the first alone.
-
-    Before the first gradient step the policy is the sampler's, so what differs is numerical, or a
-    mismatch that `rollout_policy` makes on purpose.
-    """
-    first = {name: m for name, m in metrics[0].items() if name.startswith("mismatch/")}
-    return with_improvement(reduce_metrics(*metrics) | reduce_metrics(first))
-
-
-def _fraction(value: float | None) -> str:
-    """Four decimals; a dash where no token had an advantage, or nothing is ever masked."""
-    return "-" if value is None or np.isnan(value) else f"{value:.4f}"
-
-
-def _refuse_not_finite(numbers: dict[str, float], step: int) -> None:
-    """Ends a run whose loss or gradient is no number, before it is checkpointed."""
-    for name in {"loss/total", "update/gradient_norm", "critic/gradient_norm"} & set(numbers):
-        if not np.isfinite(numbers[name]):
-            raise FloatingPointError(
-                f"{name} is {numbers[name]} at step {step}: lower the learning rate or delta; "
-                "the last checkpoint is untouched"
-            )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_pipeline import Words
 
-from dppo_jax.collect import Collector
+from dppo_jax.collect import Asking, Collector
 from dppo_jax.dynamic_sampling import DynamicSampling, joined, places, replaced, with_spread
 from dppo_jax.prompts.examples import Example
 from dppo_jax.prompts.pipeline import PromptIterator
@@ -67,11 +67,8 @@ def collector(source, *, verifier=differ, count=40, prompts=4, answers=None, **o
     iterator = PromptIterator(
         examples, Words(), prompts_per_step=prompts, max_prompt_tokens=1, seed=3
     )
-    made = Collector(
-        source, iterator, mesh=MESH, tokenizer=Words(), verifier=verifier, settings=SETTINGS,
-        prompts_per_step=prompts, **options,
-    )  # fmt: skip
-    return made, iterator
+    asking = Asking(MESH, Words(), verifier, SETTINGS, prompts)
+    return Collector(source, iterator, asking, **options), iterator
 
 
 def collect(made, version=0):

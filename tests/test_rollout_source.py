@@ -120,3 +120,56 @@ def test_divisions_that_make_no_sense(dppo, dynamic, tmp_path, flags, message):
     done = dppo("train", dynamic / "dynamic.gin", "--workdir", tmp_path / "run", *flags)
     assert done.status == 2 and message in done.err and done.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+CONTINUOUS = """
+from __gin__ import dynamic_registration
+from dppo_jax import train
+from dppo_jax.sampling import engine
+from dppo_jax.sampling import rollouts
+include "{toy}"
+train.train.rollouts = @rollouts.continuous()
+rollouts.continuous.engine = @engine.EngineConfig()
+engine.EngineConfig.slots = 16
+engine.EngineConfig.max_context = 16
+engine.EngineConfig.chunk = 4
+engine.EngineConfig.page_size = 8
+engine.EngineConfig.prefill_buckets = (16,)
+"""
+
+
+@pytest.fixture(scope="module")
+def continuous(dppo, toy_recipe, tmp_path_factory):
+    """A recipe that samples by the engine, and a run of two steps."""
+    folder = tmp_path_factory.mktemp("continuous")
+    (folder / "continuous.gin").write_text(CONTINUOUS.format(toy=toy_recipe))
+    done = dppo("train", folder / "continuous.gin", "--workdir", folder / "run", "--gin.STEPS=2")
+    assert done.status == 0 and "recompiled" not in done.out, done.err
+    return folder
+
+
+def test_the_engine_trains_and_a_divided_step_is_the_whole_one(dppo, continuous, tmp_path):
+    """On policy to rounding; each request has its own seed, so that a division changes nothing."""
+    whole = numbers(continuous / "run")
+    for line in whole:
+        assert line["mismatch/logp_abs_max"] < 1e-4 and line["update/gradient_norm"] > 0
+    flags = ("--gin.STEPS=2", "--gin.train.train.rollout_batches=4")
+    done = dppo("train", continuous / "continuous.gin", "--workdir", tmp_path / "run", *flags)
+    assert done.status == 0, done.err
+    for ours, theirs in zip(numbers(tmp_path / "run"), whole, strict=True):
+        assert {name: value or 0.0 for name, value in ours.items()} == pytest.approx(
+            {name: value or 0.0 for name, value in theirs.items()}, rel=1e-3, abs=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--gin.engine.EngineConfig.max_context=13", "max_context=13 is less than max_prompt_tok"),
+        ("--gin.generate.SamplingConfig.top_k=3", "does not record the sets that top_k"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_said_at_once(dppo, continuous, tmp_path, flag, message):
+    done = dppo("train", continuous / "continuous.gin", "--workdir", tmp_path / "run", flag)
+    assert done.status == 2 and message in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -71,7 +71,8 @@ class PromptIterator:
         self._prompts_per_step = prompts_per_step
         self._process = process_index, process_count
         self._seed = seed
-        self._collate = functools.partial(_batch, tokenizer=tokenizer, columns=max_prompt_tokens)
+        # examples -> a batch of them
+        self.collate = functools.partial(_batch, tokenizer=tokenizer, columns=max_prompt_tokens)
 
     @property
     def epoch(self) -> int:
@@ -106,7 +107,7 @@ class PromptIterator:
         start = self._taken + self._process[0] * rows
         stream = self._stage().stream
         self._ahead += prompts
-        return self._collate([self._source[stream[n]] for n in range(start, start + rows)])
+        return self.collate([self._source[stream[n]] for n in range(start, start + rows)])
 
     def end_step(self) -> None:
         """The step has all the prompts that it asks for; a curriculum goes on."""

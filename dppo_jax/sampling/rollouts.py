@@ -4,8 +4,10 @@ Anything that answers prompts with tokens and their log-probabilities can stand 
 chooses by a factory, called once with what a run knows:
 
     train.train.rollouts = @rollouts.Lockstep
+    train.train.rollouts = @rollouts.continuous()
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -18,8 +20,9 @@ from dppo_jax.models.decoder import Model, Params
 from dppo_jax.multihost import to_global_rows, to_local_rows
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Prompts, Rollout
+from dppo_jax.sampling.engine import Engine, EngineConfig
 from dppo_jax.sampling.generate import SamplingConfig, generate
-from dppo_jax.sampling.requests import Completion
+from dppo_jax.sampling.requests import Completion, SamplingParams
 from dppo_jax.sharding import batch_sharding
 
 
@@ -53,6 +56,7 @@ class RolloutContext(NamedTuple):
     mesh: Mesh
     tokenizer: Tokenizer
     max_prompt_tokens: int
+    settings: SamplingConfig  # training's; an evaluation set may bring its own
 
 
 MakeRollouts = Callable[[RolloutContext], RolloutSource]
@@ -77,6 +81,88 @@ class Lockstep:
         """See `RolloutSource`; the draws of a part depend on where it begins."""
         key = jax.random.fold_in(key, 2**31 + first) if first else key
         return generate(self._model, params, prompts, key, settings=settings)
+
+
+class Continuous:
+    """The engine of `sampling.engine`: a slot whose response ends is given to the next.
+
+    Each sample has a seed of its own, so that its tokens depend neither on the batch that it shares
+    nor on how a step is divided. Made by `continuous`.
+    """
+
+    def __init__(self, context: RolloutContext, config: EngineConfig):
+        if jax.process_count() > 1:
+            raise ValueError("continuous() samples in one process: bind rollouts = @Lockstep")
+        if context.settings.replays:
+            raise ValueError(
+                "the engine does not record the sets that top_k, top_p and min_p keep: leave these "
+                "off in training, or bind rollouts = @Lockstep"
+            )
+        if context.settings.record_experts:
+            raise ValueError(
+                "the engine does not record experts: set routing to 'native' or 'replay_trainer', "
+                "or bind rollouts = @Lockstep"
+            )
+        longest = context.max_prompt_tokens + context.settings.max_new_tokens
+        if longest > config.max_context:
+            raise ValueError(
+                f"EngineConfig.max_context={config.max_context} is less than max_prompt_tokens + "
+                f"max_new_tokens = {longest}: set it to that or more"
+            )
+        self._context, self._config = context, config
+        self._engines: dict[int, Engine] = {}
+
+    def engine(self, params: Params, top_k: int) -> Engine:
+        """The engine that records so many tokens, compiled when it is first asked for."""
+        if top_k not in self._engines:
+            mesh = self._context.mesh if self._context.mesh.size > 1 else None
+            config = dataclasses.replace(self._config, top_k_capture=top_k)
+            self._engines[top_k] = Engine(
+                self._context.model, config, mesh, self._context.tokenizer.decode
+            )
+            self._engines[top_k].warm_up(params)
+        return self._engines[top_k]
+
+    def rollout(
+        self,
+        params: Params,
+        prompts: Prompts,
+        key: Array,
+        settings: SamplingConfig,
+        *,
+        first: int = 0,
+        version: int = 0,
+    ) -> Rollout:
+        """See `RolloutSource`."""
+        mesh = self._context.mesh
+        asked = prompt_ids(prompts, mesh)
+        sampling = [request_of(settings, key, first + place) for place in range(len(asked))]
+        engine = self.engine(params, settings.top_k_capture)
+        groups = engine.generate(params, asked, sampling, policy_version=version)
+        return from_completions(prompts, [c for group in groups for c in group], settings, mesh)
+
+
+def continuous(
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
+) -> MakeRollouts:
+    """Rollouts by continuous batching; `engine.top_k_capture` is that of the sampling settings."""
+    return lambda context: Continuous(context, engine)
+
+
+def request_of(settings: SamplingConfig, key: Array, place: int) -> SamplingParams:
+    """What the engine is asked for prompt `place` of a step with this key."""
+    words = np.asarray(jax.random.key_data(key)).tolist()
+    seed = np.random.SeedSequence([*words, place]).generate_state(1, np.uint64)[0]
+    return SamplingParams(
+        max_new_tokens=settings.max_new_tokens,
+        n=settings.samples_per_prompt,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        stop_ids=settings.end_ids,
+        seed=int(seed),
+    )
 
 
 def prompt_ids(prompts: Prompts, mesh: Mesh) -> list[list[int]]:
