@@ -12,7 +12,17 @@ from collections.abc import Sequence
 
 from dppo_jax.clusters import Preempted
 from dppo_jax.supervise import SUPERVISED, supervise
-from dppo_jax.verbs import benchmarks, command, data, grading, hugging_face, methods, planning, runs
+from dppo_jax.verbs import (
+    benchmarks,
+    command,
+    data,
+    grading,
+    hugging_face,
+    methods,
+    planning,
+    runs,
+    sampling,
+)
 from dppo_jax.verbs.command import Failure
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -78,6 +88,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="dppo", description="Trust-region reinforcement learning of language models in JAX."
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for family in (runs, planning, grading, methods, benchmarks, data, hugging_face):
+    for family in (runs, sampling, planning, grading, methods, benchmarks, data, hugging_face):
         family.add(verbs)
     return parser

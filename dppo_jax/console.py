@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console as RichConsole
 from rich.live import Live
@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0  # where the output is a file or a pipe
+
+SHADES = ((0.9, "green"), (0.5, "yellow"), (0.1, "dark_orange"), (0.0, "bold red"))
 
 
 def duration(seconds: float) -> str:
@@ -58,6 +60,29 @@ class Console:
             self._live.update(Text(""))
             self._live.stop()
             self._live = None
+
+    def answer(self, number: int, of: int) -> None:
+        """The line above an answer; none where there is but one."""
+        if of > 1:
+            self._rich.print(
+                Text(f"{chr(10) * bool(number)}answer {number + 1} of {of}"), style="dim"
+            )
+
+    def pieces(self, pieces: Iterable[tuple[str, float]], *, coloured: bool) -> None:
+        """Text with log-probabilities, as it comes, without a line's end."""
+        text = Text()
+        for part, logp in pieces:
+            style = next(style for least, style in SHADES if math.exp(logp) >= least)
+            text.append(part, style if coloured else "")
+        self._rich.print(text, end="")
+        self._rich.file.flush()
+
+    def legend(self) -> None:
+        """What the colours of `pieces` mean."""
+        text = Text("\n\nprobability  ")
+        for least, style in SHADES:
+            text.append(f" {least:g} or more " if least else " less ", style)
+        self._rich.print(text, end="")
 
     def table(self, title: str, rows: Mapping[str, str]) -> None:
         """Two columns under a title."""

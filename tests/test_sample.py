@@ -1,0 +1,127 @@
+"""`dppo sample` as a user has it, and pieces of text that carry their tokens' probabilities."""
+
+import json
+import math
+
+import jax
+import pytest
+from test_streaming import by_bytes  # noqa: F401  a fixture
+
+from dppo_jax.conversation import Sample
+from dppo_jax.hf_exchange import write_folder
+from dppo_jax.models.config import DecoderConfig
+from dppo_jax.models.decoder import Model
+from dppo_jax.models.hf_config import to_json
+from dppo_jax.prompts.streaming import TextStream
+
+pytestmark = pytest.mark.usefixtures("compiled_programs_are_kept")
+
+ASK = ("--prompt", "12*34=", "--max-new-tokens", "6")
+
+
+@pytest.fixture(scope="module")
+def run(dppo, toy_recipe, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("sample") / "run"
+    flags = ("--gin.STEPS=1", "--gin.train.train.eval_sets=()")
+    done = dppo("train", toy_recipe, "--workdir", workdir, *flags)
+    assert done.status == 0, done.err
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def folder(by_bytes, tmp_path_factory):  # noqa: F811
+    """A Hugging Face folder with a tokenizer of bytes."""
+    place = tmp_path_factory.mktemp("hf") / "model"
+    place.mkdir()
+    config = DecoderConfig(
+        vocab_size=258, width=16, layers=1, heads=2, kv_heads=2, head_size=8, mlp_width=16
+    )
+    model = Model(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    write_folder(place, model, params, to_json(config, "float32"), "float32", None)
+    by_bytes._model.save(str(place / "tokenizer.json"))
+    (place / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return place
+
+
+def test_a_run_a_recipe_and_a_folder_answer(dppo, toy_recipe, run, folder):
+    """The same seed gives the same answers; one JSON object and nothing else."""
+    found = {}
+    for name, policy in {"recipe": toy_recipe, "run": run, "folder": folder}.items():
+        asked = ("sample", policy, *ASK, "-n", 3, "--seed", 5, "--json", "--logprobs")
+        done = dppo(*asked)
+        assert done.status == 0 and done.out.count("\n") == 1 and not done.err, done.err
+        found[name] = json.loads(done.out)
+        assert json.loads(dppo(*asked).out)["samples"] == found[name]["samples"]
+        assert found[name]["prompt"] == "12*34=" and len(found[name]["samples"]) == 3
+        for sample in found[name]["samples"]:
+            assert 1 <= sample["tokens"] == len(sample["token_ids"]) <= 6
+            assert all(logp <= 0 for logp in sample["logprobs"])
+            ended = sample["finish_reason"] == "stop"
+            assert ended or sample["tokens"] == 6
+        assert found[name]["tokens"] == sum(s["tokens"] for s in found[name]["samples"])
+        assert found[name]["tokens_per_second"] > 0
+    assert found["run"]["samples"] != found["recipe"]["samples"]  # one step was trained
+    assert len({sample["text"] for sample in found["run"]["samples"]}) > 1
+
+
+def test_what_people_see(dppo, run):
+    shown = dppo("sample", run, *ASK, "-n", 2, "--seed", 5)
+    answers = json.loads(dppo("sample", run, *ASK, "-n", 2, "--seed", 5, "--json").out)
+    first, second = (sample["text"] for sample in answers["samples"])
+    assert shown.out.startswith(f"answer 1 of 2\n{first}\nanswer 2 of 2\n{second}\n")
+    assert f"{answers['tokens']} tokens in " in shown.out and "tokens/s" in shown.out
+    coloured = dppo("sample", run, *ASK, "--logprobs")
+    assert "probability   0.9 or more  0.5 or more  0.1 or more  less" in coloured.out
+    assert "answer" not in coloured.out
+
+
+def test_stop_strings_and_greedy(dppo, folder):
+    asked = ("sample", folder, "--prompt", "hello", "--temperature", 0, "--json")
+    (plain,) = json.loads(dppo(*asked, "--max-new-tokens", 6).out)["samples"]
+    (again,) = json.loads(dppo(*asked, "--max-new-tokens", 6, "--seed", 9).out)["samples"]
+    assert plain == again and plain["tokens"] == 6
+    readable = [c for c in plain["text"] if c.isascii()] or ["\ufffd"]
+    (cut,) = json.loads(dppo(*asked, "--max-new-tokens", 6, "--stop", readable[0]).out)["samples"]
+    assert cut["finish_reason"] == "stop" and plain["text"].startswith(cut["text"])
+    assert cut["text"].endswith(readable[0]) and cut["tokens"] < 6
+
+
+def test_a_piece_is_whole_characters(by_bytes):  # noqa: F811
+    """A character of three bytes comes once, with the probability of all three."""
+    sample = Sample(TextStream(by_bytes))
+    ids = by_bytes.encode("a€b")
+    logp = [-0.5, -1.0, -2.0, -3.0, -0.25]
+    assert len(ids) == 5
+    pieces = sample.take(ids[:3], logp[:3], last=False)
+    assert [piece.text for piece in pieces] == ["a"]
+    pieces = sample.take(ids[3:], logp[3:], last=True)
+    assert [piece.text for piece in pieces] == ["€", "b"] and sample.text == "a€b"
+    assert [piece.logp for piece in sample.pieces] == [-0.5, -6.0, -0.25]
+    broken = Sample(TextStream(by_bytes))
+    broken.take(ids[:2], logp[:2], last=True)
+    assert math.isclose(sum(piece.logp for piece in broken.pieces), -1.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such recipe, run or folder"),
+        (["nowhere.gin"], "nowhere.gin"),
+        (["RUN", "--temperature", "-1"], "temperature=-1.0 must be"),
+        (["RUN", "--top-p", "0"], "top_p=0.0"),
+        (["RUN", "-n", "0"], "n must be at least 1"),
+        (["RUN", "--max-new-tokens", "0"], "max_new_tokens and n must be at least 1"),
+        (["RUN", "--stop", ""], "stop_strings holds an empty string"),
+        (["RUN", "--stop", "\udcff"], "is not valid UTF-8"),
+        (["RUN", "--prompt", ""], "the prompt has no tokens"),
+        (["RUN", "--prompt", "\udcff"], "the prompt is not valid UTF-8"),
+        (["EMPTY"], "is no recipe (*.gin), run directory, Hugging Face folder"),
+        (["FOLDER", "--gin.SEED=1"], "has no recipe that --gin.SEED=1 could change"),
+    ],
+)
+def test_bad_input_is_one_line(dppo, run, folder, tmp_path, arguments, message):
+    places = {"RUN": run, "EMPTY": tmp_path, "FOLDER": folder}
+    given = [places.get(argument, argument) for argument in arguments]
+    done = dppo("sample", "--prompt", "1*1=", *given)
+    assert done.status == 2 and done.err.count("\n") == 1 and message in done.err, done.err
