@@ -2,16 +2,21 @@
 
 import dataclasses
 import functools
+import gzip
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_decoder import STORIES
 
 from dppo_jax.metrics import CompilationCounter
-from dppo_jax.models.decoder import full_forward
+from dppo_jax.models.decoder import Model, full_forward
+from dppo_jax.models.llama2c import read_llama2c
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP
 from dppo_jax.sampling.engine import Engine, EngineConfig
+from dppo_jax.sampling.paged_cache import restored, rounded
 from dppo_jax.sampling.pages import Pages
 from dppo_jax.sampling.requests import SamplingParams
 
@@ -256,3 +261,56 @@ def test_contradictions_are_one_line(tiny, change, says):
     with pytest.raises(ValueError, match=says) as error:
         Engine(tiny[0], dataclasses.replace(CONFIG, **change))
     assert "\n" not in str(error.value)
+
+
+SMALL = dataclasses.replace(CONFIG, slots=2, max_context=16, prefill_buckets=(16,))
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_a_rounded_cache_is_near_and_repeatable(tiny, cache_dtype):
+    """Near the reference, and the same tokens whether a context was decoded or computed again."""
+    engine = Engine(tiny[0], dataclasses.replace(SMALL, cache_dtype=cache_dtype))
+    sampling = SamplingParams(max_new_tokens=9, n=3, seed=4)
+    [plenty] = engine.generate(tiny[1], [PROMPTS[0]], sampling)
+    for completion in plenty:
+        check(tiny, PROMPTS[0], sampling, completion, atol=0.15)
+        with pytest.raises(AssertionError):  # it is rounded
+            check(tiny, PROMPTS[0], sampling, completion, atol=1e-4)
+    engine._scheduler.shards[0].pages = Pages(5)
+    [scarce] = engine.generate(tiny[1], [PROMPTS[0]], sampling)
+    assert engine.stats.preemptions > 0
+    for one, two in zip(plenty, scarce, strict=True):
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        np.testing.assert_allclose(one.logp, two.logp, atol=1e-4)
+
+
+def test_rounding_to_int8_by_hand():
+    """Steps of the largest value over 127, of each token and head on its own."""
+    k = jnp.array([[[127.0, -63.6], [0.5, 0.25]]])
+    v = jnp.array([[[0.0, 0.0], [-2.54, 0.02]]])
+    stored = rounded(k, v, jnp.dtype("int8"))
+    np.testing.assert_array_equal(stored.kv[0], [[127, -64], [0, 0], [127, 64], [-127, 1]])
+    np.testing.assert_allclose(stored.scale[0], [1.0, 0.0, 0.5 / 127, 0.02], rtol=1e-6)
+    back_k, back_v = restored(stored, jnp.dtype("float32"))
+    np.testing.assert_allclose(back_k[0], [[127, -64], [0.5, 64 * 0.5 / 127]], rtol=1e-6)
+    np.testing.assert_allclose(back_v[0], [[0, 0], [-2.54, 0.02]], rtol=1e-5)
+
+
+def test_the_cache_budget_is_in_bytes(tiny):
+    """2 layers x 4 tokens x 2 x 2 heads x 6 numbers x 4 bytes = 768 a page."""
+    engine = Engine(tiny[0], dataclasses.replace(SMALL, cache_bytes=768 * 3 + 700))
+    assert engine._scheduler.shards[0].pages.count == 3
+    assert sum(layer.kv.nbytes for layer in engine._device._pages) == 768 * 3
+
+
+def test_a_real_model_tells_its_story(shared_data):
+    """llama2.c's stories260K: all 256 recorded tokens and their log-probabilities."""
+    folder = shared_data / "lm" / "stories260K"
+    golden = json.loads(gzip.decompress((folder / "golden_greedy.json.gz").read_bytes()))
+    params = jax.tree.map(jnp.asarray, read_llama2c(folder / "stories260K.bin", STORIES))
+    config = EngineConfig(slots=1, max_context=257, chunk=60, page_size=257, top_k_capture=1)
+    engine = Engine(Model(STORIES), dataclasses.replace(config, prefill_buckets=(257,)))
+    sampling = SamplingParams(max_new_tokens=256, temperature=0.0)
+    [[story]] = engine.generate(params, [[golden["bos"]]], sampling)
+    assert story.tokens.tolist() == golden["greedy_ids"][1:]
+    np.testing.assert_allclose(story.logp, golden["greedy_logprobs_float64"], atol=3e-5)

@@ -59,9 +59,9 @@ class Engine:
         self.stats = Stats()
         self._device = EngineDevice(self.model, c, self.mesh)
         self._scheduler = Scheduler(
-            1,
-            c.slots,
-            self._device.page_count,
+            self._device.shards,
+            c.slots // self._device.shards,
+            self._device.shape.pages,
             c.page_size,
             c.chunk,
             prefix_cache=c.prefix_cache,

@@ -1,22 +1,31 @@
 """The engine's arrays, and the calls of its programs on them."""
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dppo_jax.models.decoder import Model, Params
 from dppo_jax.sampling import engine_programs
+from dppo_jax.sampling.decode_forms import why_not_ragged
 from dppo_jax.sampling.engine_config import EngineConfig
-from dppo_jax.sampling.engine_inputs import Call, SlotRows, empty_calls, prefill_calls, view_widths
-from dppo_jax.sampling.engine_programs import Chunk, Programs, Slots
-from dppo_jax.sampling.paged_cache import empty_pages, page_bytes
+from dppo_jax.sampling.engine_inputs import (
+    Call,
+    SlotRows,
+    empty_calls,
+    prefill_calls,
+    shape_of,
+    view_widths,
+)
+from dppo_jax.sampling.engine_programs import Chunk, Programs, Slots, empty_hidden
+from dppo_jax.sampling.paged_cache import empty_pages, storage_dtype
 from dppo_jax.sampling.scheduler import Round
 from dppo_jax.sampling.sequences import Sample
+from dppo_jax.sharding import axes_of, check_divides
 
 
 class EngineDevice:
@@ -25,41 +34,54 @@ class EngineDevice:
     def __init__(self, model: Model, config: EngineConfig, mesh: jax.sharding.Mesh | None):
         c = config
         self.model, self.config, self.mesh = model, c, mesh
-        self.pages_a_sequence = -(-c.max_context // c.page_size)
-        self.page_count = c.pages or c.slots * self.pages_a_sequence
-        if c.cache_bytes is not None:
-            each = page_bytes(model.config, c.cache_dtype, c.page_size)
-            self.page_count = min(self.page_count, c.cache_bytes // each)
-            if not self.page_count:
-                raise ValueError(
-                    f"cache_bytes={c.cache_bytes} is less than one page of {each} bytes: "
-                    "give more, or make page_size smaller"
-                )
+        self.shards = 1
+        if mesh is not None:
+            check_divides(mesh, "queries", {"slots": c.slots}, "decode")
+            check_divides(mesh, "kv_heads", {"kv_heads": model.config.kv_heads}, "decode")
+            axes = axes_of("queries", mesh, "decode")
+            self.shards = math.prod(mesh.shape[axis] for axis in axes)
+        self.shape = shape_of(c, model.config, self.shards)
         self.compilations = 0
+        tensor = 1 if mesh is None else mesh.shape["tensor"]
+        dtype = storage_dtype(model.config, c.cache_dtype)
+        refused = why_not_ragged(model.config, dtype, tensor)
         self._programs = Programs(
-            c.chunk, c.max_context, c.top_k_capture, c.logp == "raw", c.cache_dtype
+            chunk=c.chunk,
+            max_context=c.max_context,
+            top_k_capture=c.top_k_capture,
+            raw_logp=c.logp == "raw",
+            cache_dtype=c.cache_dtype,
+            ragged=jax.default_backend() == "tpu" and refused is None,
         )
+        # Born as the programs give them back, so that the second call compiles nothing.
         with self._on_mesh():
-            self._pages = empty_pages(model.config, c.cache_dtype, self.page_count, c.page_size)
-            self._hidden = jnp.zeros((c.slots, model.config.width), model.config.dtype)
+            self._pages, self._hidden = jax.jit(
+                lambda: (
+                    empty_pages(
+                        model.config, c.cache_dtype, self.shards * self.shape.pages, c.page_size
+                    ),
+                    empty_hidden(model.config, c.slots),
+                )
+            )()
         self._rows = SlotRows(c.slots, c.stop_ids, c.logit_biases)
 
     def warm_up(self, params: Params) -> None:
         """Compiles every program but those with a repetition penalty."""
-        nowhere = np.full(self.config.slots, self.page_count, np.int32)
+        nowhere = np.full(self.config.slots, self.shape.pages, np.int32)
         self._copy(np.zeros_like(nowhere), nowhere)
-        for call in empty_calls(self.config, self.page_count, self.pages_a_sequence):
+        for call in empty_calls(self.config, self.shape):
             self._place(self._prefill(params, call), np.full_like(nowhere, -1))
-        for width in view_widths(self.pages_a_sequence):
-            self._decode(params, self._rows.slots([], self.config, self.page_count, width))
+        for width in self._widths:
+            self._decode(params, self._rows.slots([], self.config, self.shape, [width]))
 
     def do(self, params: Params, round_: Round) -> None:
         """Copies pages and takes hidden states for samples that start, then prefills."""
         slots = self.config.slots
-        copies = [start.copy for start in round_.starts if start.copy]
-        if copies:
-            source, to = np.zeros(slots, np.int32), np.full(slots, self.page_count, np.int32)
-            source[: len(copies)], to[: len(copies)] = zip(*copies, strict=True)
+        source, to = np.zeros(slots, np.int32), np.full(slots, self.shape.pages, np.int32)
+        for start in round_.starts:
+            if start.copy:
+                source[start.sample.slot], to[start.sample.slot] = start.copy
+        if any(start.copy for start in round_.starts):
             self._copy(source, to)
         by_array: dict[int, tuple[jax.Array, np.ndarray]] = {}
         for start in round_.starts:
@@ -69,19 +91,25 @@ class EngineDevice:
             self._rows.put(start.sample.slot, start.sample)
         for last, rows in by_array.values():
             self._place(last, rows)
-        calls = prefill_calls(round_.prefills, self.config, self.page_count, self.pages_a_sequence)
-        for call in calls:
+        for call in prefill_calls(round_.prefills, self.config, self.shape):
             began = time.monotonic()
             last = jax.block_until_ready(self._prefill(params, call))
-            for row, job in enumerate(call.jobs):
+            for row, job in call.jobs.items():
                 job.result.last = (last, row)
                 for sample in job.samples:
                     sample.prefill_seconds += time.monotonic() - began
 
     def decode(self, params: Params, running: Sequence[Sample]) -> Chunk:
         """A chunk of tokens in every slot that somebody is in; on the host."""
-        slots = self._rows.slots(running, self.config, self.page_count)
+        slots = self._rows.slots(running, self.config, self.shape, self._widths)
         return jax.device_get(self._decode(params, slots))
+
+    @property
+    def _widths(self) -> list[int]:
+        """Pages a slot that the decoding loop is compiled for; the ragged kernel reads no more
+        than there are."""
+        most = self.shape.pages_a_sequence
+        return [most] if self._programs.ragged else view_widths(most)
 
     def _copy(self, source: np.ndarray, to: np.ndarray) -> None:
         self._pages = self._counted(engine_programs.copy, self._pages, source, to)

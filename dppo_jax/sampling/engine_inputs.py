@@ -6,13 +6,39 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dppo_jax.models.config import DecoderConfig
 from dppo_jax.sampling.engine_config import EngineConfig
 from dppo_jax.sampling.engine_programs import Slots
-from dppo_jax.sampling.paged_cache import table_of
+from dppo_jax.sampling.paged_cache import page_bytes, table_of
 from dppo_jax.sampling.requests import SamplingParams
 from dppo_jax.sampling.rows import row_of, stacked
 from dppo_jax.sampling.scheduler import Prefill
 from dppo_jax.sampling.sequences import Sample
+
+
+class Shape(NamedTuple):
+    """Of the cache: equal shards, each with pages of its own."""
+
+    shards: int
+    pages: int  # of a shard
+    pages_a_sequence: int
+
+
+def shape_of(c: EngineConfig, model: DecoderConfig, shards: int) -> Shape:
+    """The cache that a configuration asks for; ValueError where there is no page a shard."""
+    most = -(-c.max_context // c.page_size)
+    pages = c.pages or c.slots * most
+    if c.cache_bytes is not None:
+        each = page_bytes(model, c.cache_dtype, c.page_size)
+        pages = min(pages, c.cache_bytes // each)
+        if pages < shards:
+            raise ValueError(
+                f"cache_bytes={c.cache_bytes} is less than one page of {each} bytes a device: "
+                "give more, or make page_size smaller"
+            )
+    if pages < shards:
+        raise ValueError(f"pages={pages} is less than one of each of {shards} shards: give more")
+    return Shape(shards, pages // shards, most)
 
 
 class SlotRows:
@@ -33,9 +59,13 @@ class SlotRows:
         self._stop_ids[slot, : len(sampling.stop_ids)] = sampling.stop_ids
 
     def slots(
-        self, running: Sequence[Sample], c: EngineConfig, pages: int, width: int | None = None
+        self, running: Sequence[Sample], c: EngineConfig, shape: Shape, widths: Sequence[int]
     ) -> Slots:
-        """The batch of a chunk. Unused places hold page 0 to read and none to write."""
+        """The batch of a chunk. Unused places hold page 0 to read and none to write.
+
+        `widths` are those that the table may have, ascending; with one, it lists the chunk's pages
+        too.
+        """
         size, slots = c.page_size, len(self._stop_ids)
         numbers: dict[str, Any] = {
             name: np.zeros(slots, np.int32) for name in ("length", "drawn", "remaining")
@@ -50,16 +80,14 @@ class SlotRows:
             numbers["length"][at] = sample.length
             numbers["drawn"][at] = sample.count
             numbers["remaining"][at] = sample.remaining
-            read[at] = sample.pages[: -(-sample.length // size)]
+            read[at] = sample.pages[: -(-sample.length // size) if len(widths) > 1 else None]
             written[at] = sample.pages[sample.length // size :]
             if history is not None:
                 history[at, : sample.length] = sample.context
-        if width is None:
-            most = max(map(len, read))
-            width = next(w for w in view_widths(-(-c.max_context // size)) if w >= most)
+        width = next(width for width in widths if width >= max(map(len, read)))
         numbers |= dict(
             table=table_of(read, width, 0),
-            new_pages=table_of(written, -(-c.chunk // size) + 1, pages),
+            new_pages=table_of(written, -(-c.chunk // size) + 1, shape.pages),
             stop_ids=self._stop_ids.copy(),
             rows=jax.tree.map(np.copy, self._rows),
             history=history,
@@ -73,57 +101,69 @@ def view_widths(most: int) -> list[int]:
 
 
 class Call(NamedTuple):
-    """One call of `prefill`: job i is row i."""
+    """One call of `prefill`, and the rows of its jobs."""
 
-    jobs: list[Prefill]
+    jobs: dict[int, Prefill]
     arrays: dict[str, Any]
 
 
-def prefill_calls(
-    jobs: Sequence[Prefill], c: EngineConfig, pages: int, pages_a_sequence: int
-) -> Iterator[Call]:
+def prefill_calls(jobs: Sequence[Prefill], c: EngineConfig, shape: Shape) -> Iterator[Call]:
     """The jobs in as few calls as their lengths and the compiled shapes allow."""
-    kinds: dict[tuple[int, bool], list[Prefill]] = {}
+    kinds: dict[tuple[int, bool], list[list[Prefill]]] = {}
     for job in jobs:
         bucket = next(b for b in c.buckets if b >= len(job.tokens))
-        kinds.setdefault((bucket, bool(job.prefix)), []).append(job)
-    for (bucket, with_prefix), same in kinds.items():
-        most = rows_of(bucket, c)
-        for first in range(0, len(same), most):
-            some = same[first : first + most]
-            rows = most if len(some) > 1 else 1
-            yield Call(some, _arrays(some, rows, bucket, with_prefix, c, pages, pages_a_sequence))
+        shards = kinds.setdefault((bucket, bool(job.prefix)), [[] for _ in range(shape.shards)])
+        shards[job.shard].append(job)
+    for (bucket, with_prefix), shards in kinds.items():
+        most = rows_of(bucket, c, shape)
+        for first in range(0, max(map(len, shards)), most):
+            some = [same[first : first + most] for same in shards]
+            rows = most if max(map(len, some)) > 1 else 1  # of each shard
+            placed = {
+                shard * rows + i: job
+                for shard, same in enumerate(some)
+                for i, job in enumerate(same)
+            }
+            yield Call(placed, _arrays(placed, rows, bucket, with_prefix, c, shape))
 
 
-def empty_calls(c: EngineConfig, pages: int, pages_a_sequence: int) -> Iterator[Call]:
+def empty_calls(c: EngineConfig, shape: Shape) -> Iterator[Call]:
     """A call of every shape that `prefill_calls` makes, with nothing to compute."""
     for bucket in c.buckets:
-        for rows in sorted({1, rows_of(bucket, c)}):
+        for rows in sorted({1, rows_of(bucket, c, shape)}):
             for with_prefix in sorted({False, c.prefix_cache}):
-                arrays = _arrays([], rows, bucket, with_prefix, c, pages, pages_a_sequence)
-                yield Call([], arrays)
+                yield Call({}, _arrays({}, rows, bucket, with_prefix, c, shape))
 
 
-def rows_of(bucket: int, c: EngineConfig) -> int:
-    """Prompts that one call takes at most."""
-    return max(1, min(c.slots, c.prefill_tokens // bucket))
+def rows_of(bucket: int, c: EngineConfig, shape: Shape) -> int:
+    """Prompts of each shard that one call takes at most."""
+    return max(1, min(c.slots, c.prefill_tokens // bucket) // shape.shards)
 
 
-def _arrays(jobs, rows, bucket, with_prefix, c, pages, pages_a_sequence) -> dict[str, Any]:
+def _arrays(
+    jobs: dict[int, Prefill],
+    rows_a_shard: int,
+    bucket: int,
+    with_prefix: bool,
+    c: EngineConfig,
+    shape: Shape,
+) -> dict[str, Any]:
+    rows, most = rows_a_shard * shape.shards, shape.pages_a_sequence
     tokens = np.zeros((rows, bucket), np.int32)
     lengths, prefix_lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-    prefix = np.zeros((rows, pages_a_sequence), np.int32) if with_prefix else None
-    for row, job in enumerate(jobs):
+    prefix = np.zeros((rows, most), np.int32) if with_prefix else None
+    to: list[list[int]] = [[] for _ in range(rows)]
+    for row, job in jobs.items():
         tokens[row, : len(job.tokens)] = job.tokens
         lengths[row] = len(job.tokens)
         prefix_lengths[row] = len(job.prefix) * c.page_size
         if prefix is not None:
-            prefix[row, pages_a_sequence - len(job.prefix) :] = job.prefix
+            prefix[row, most - len(job.prefix) :] = job.prefix
+        to[row] = job.to
     return dict(
         tokens=tokens,
         lengths=lengths,
-        to=table_of([job.to for job in jobs] + [[]] * (rows - len(jobs)),
-                    bucket // c.page_size, pages),
+        to=table_of(to, bucket // c.page_size, shape.pages),
         prefix=prefix,
         prefix_lengths=prefix_lengths,
-    )  # fmt: skip
+    )

@@ -17,24 +17,19 @@ from dppo_jax.kernels.rows import RowSampling
 from dppo_jax.kernels.sampler import sample_rows
 from dppo_jax.models.attention import Prefix, attention
 from dppo_jax.models.block import Block
+from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Decoder, Model, Params, rope_tables
-from dppo_jax.sampling.paged_attention import (
-    attend_view,
-    no_recent,
-    tokens_of,
-    with_column,
-)
+from dppo_jax.sampling.decode_forms import PAGES, SLOTS, Ragged, Viewed, Where, by_shard
 from dppo_jax.sampling.paged_cache import (
     LayerPages,
     copy_pages,
+    pages_of,
     restored,
     rounded,
     storage_dtype,
-    view_of,
     write_pages,
-    write_tokens,
 )
-from dppo_jax.sharding import constrain
+from dppo_jax.sharding import constrain, viewed
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,7 @@ class Programs:
     top_k_capture: int
     raw_logp: bool
     cache_dtype: str
+    ragged: bool = False  # attention by the TPU kernel, `decode_forms.Ragged`
 
 
 class Slots(NamedTuple):
@@ -107,8 +103,9 @@ def prefill(
     tables = rope_tables(c, programs.max_context + width)
     ropes = [(cos[positions], sin[positions]) for cos, sin in tables]
     dtype = storage_dtype(c, programs.cache_dtype)
-    x = constrain(decoder.embed(tokens.reshape(-1)), "batch", None)
+    x = constrain(decoder.embed(tokens.reshape(-1)), "tokens", "width")
     new_pages = []
+    write = by_shard(write_pages, PAGES, PAGES, SLOTS, gives=PAGES)
     for block, layer, window in zip(_blocks(decoder), pages, c.windows, strict=True):
         q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
         new = rounded(k, v, dtype)
@@ -116,7 +113,7 @@ def prefill(
         q, k, v = (t.reshape(rows, 1, width, *t.shape[1:]) for t in (q, k, v))
         before = None
         if prefix is not None:
-            kept = jax.tree.map(lambda leaf: leaf[prefix].reshape(rows, -1, *leaf.shape[2:]), layer)
+            kept = by_shard(pages_of, PAGES, SLOTS, gives=PAGES)(layer, prefix)
             places = prefix.shape[1] * page_size
             seen = jnp.arange(places) >= places - prefix_lengths[:, None]
             before = Prefix(*restored(kept, x.dtype), seen)
@@ -124,9 +121,9 @@ def prefill(
             q, k, v, mask[:, None], before,
             scale=c.attention_scale, soft_cap=c.attention_soft_cap, window=window,
         )  # fmt: skip
-        x = constrain(block.finish(x, out.reshape(rows * width, -1)), "batch", None)
+        x = block.finish(x, out.reshape(rows * width, -1))
         new = jax.tree.map(lambda leaf: leaf.reshape(rows, width, *leaf.shape[1:]), new)
-        new_pages.append(write_pages(layer, new, to))
+        new_pages.append(write(layer, new, to))
     last = x.reshape(rows, width, -1)[jnp.arange(rows), jnp.maximum(lengths - 1, 0)]
     return new_pages, decoder.normed(last)
 
@@ -134,19 +131,28 @@ def prefill(
 @functools.partial(jax.jit, donate_argnames=("pages",))
 def copy(pages: list[LayerPages], source: Int[Array, " N"], to: Int[Array, " N"]):
     """The pages with some copied; numbers beyond the last page are copied nowhere."""
-    return [copy_pages(layer, source, to) for layer in pages]
+    do = by_shard(copy_pages, PAGES, SLOTS, SLOTS, gives=PAGES)
+    return [do(layer, source, to) for layer in pages]
 
 
 @functools.partial(jax.jit, donate_argnames=("hidden",))
 def place(hidden: Float[Array, "B D"], last: Float[Array, "N D"], row: Int[Array, " B"]):
     """The slots' hidden states, those with row >= 0 taken from `last`."""
-    return jnp.where(row[:, None] >= 0, last[jnp.maximum(row, 0)], hidden)
+    with viewed("decode"):
+        placed = jnp.where(row[:, None] >= 0, last[jnp.maximum(row, 0)], hidden)
+        return constrain(placed, "tokens", "width")
+
+
+def empty_hidden(config: DecoderConfig, slots: int) -> Float[Array, "B D"]:
+    """Hidden states that nobody has put there yet."""
+    with viewed("decode"):
+        return constrain(jnp.zeros((slots, config.width), config.dtype), "tokens", "width")
 
 
 class _Progress(NamedTuple):
     step: Int[Array, ""]
     hidden: Float[Array, "B D"]  # of the last token, which predicts the next
-    recent: list
+    states: list  # of the layers, `decode_forms`
     active: Bool[Array, " B"]
     stopped: Bool[Array, " B"]
     counts: Int[Array, " B"]
@@ -168,29 +174,29 @@ def decode_chunk(
 ) -> tuple[list[LayerPages], Float[Array, "B D"], Chunk]:
     """Draws up to `programs.chunk` tokens in each slot, fewer where all have ended before.
 
-    A step draws from the hidden states, then runs the drawn tokens through the layers. The loop
-    reads the tokens of earlier chunks from a view of their pages made once, and writes its own to
-    a column a step; they go to their pages at its end.
+    A step draws from the hidden states, then runs the drawn tokens through the layers, which
+    attend as the `decode_forms` say.
     """
     decoder, c = model.bind(params), model.config
     blocks, unembedding = _blocks(decoder), decoder.unembedding_matrix()
-    batch, page_size = len(slots.length), pages[0].kv.shape[1]
-    dtype = storage_dtype(c, programs.cache_dtype)
+    batch = len(slots.length)
     tables = rope_tables(c, programs.max_context)
-    views = [view_of(layer, slots.table) for layer in pages]
+    dtype = storage_dtype(c, programs.cache_dtype)
+    form = Ragged(c, dtype) if programs.ragged else Viewed(c, dtype, programs.chunk)
+    states = form.start(pages, Where(slots.table, slots.new_pages, slots.length))
     everyone = jnp.arange(batch)
 
-    def through_layers(token, step, recent):
+    def through_layers(token, step, states, active):
         position = jnp.minimum(slots.length + step, programs.max_context - 1)
         ropes = [(cos[position], sin[position]) for cos, sin in tables]
-        x = constrain(decoder.embed(token), "batch", None)
-        new_recent = []
-        for block, view, room, window in zip(blocks, views, recent, c.windows, strict=True):
-            q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
-            room = with_column(room, rounded(k, v, dtype), step)
-            x = block.finish(x, attend_view(c, q, view, slots.length, room, step, window))
-            new_recent.append(room)
-        return decoder.normed(x), new_recent
+        x = constrain(decoder.embed(token), "tokens", "width")
+        new_states = []
+        for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
+            q, k, v = block.queries_keys_values(x, ropes[0 if c.windows[i] is None else -1])
+            attended, state = form.step(i, state, q, k, v, step, active)
+            x = block.finish(x, attended)
+            new_states.append(state)
+        return decoder.normed(x), new_states
 
     def advance(p: _Progress) -> _Progress:
         drawn = sample_rows(
@@ -213,11 +219,12 @@ def decode_chunk(
         if history is not None:
             at = jnp.where(p.active, slots.length + p.step, programs.max_context)
             history = history.at[everyone, at].set(drawn.token, mode="drop")
-        hidden, recent = through_layers(drawn.token, p.step, p.recent)
+        with viewed("decode"):
+            hidden, states = through_layers(drawn.token, p.step, p.states, p.active)
         return _Progress(
             step=p.step + 1,
             hidden=hidden,
-            recent=recent,
+            states=states,
             active=p.active & ~stop & (counts < slots.remaining),
             stopped=p.stopped | stop,
             counts=counts,
@@ -235,7 +242,7 @@ def decode_chunk(
         _Progress(
             step=jnp.int32(0),
             hidden=hidden,
-            recent=[no_recent(view, programs.chunk) for view in views],
+            states=states,
             active=slots.remaining > 0,
             stopped=jnp.zeros((batch,), bool),
             counts=jnp.zeros((batch,), jnp.int32),
@@ -249,14 +256,9 @@ def decode_chunk(
             history=slots.history,
         ),
     )
-    # Column t is token `length + t`: of the chunk's pages, counted from the one `length` is in.
-    columns = jnp.arange(programs.chunk)
-    place_in_new = slots.length[:, None] % page_size + columns
-    to = jnp.take_along_axis(slots.new_pages, place_in_new // page_size, axis=1)
-    to = jnp.where(columns < p.counts[:, None], to, len(pages[0].kv))
-    new_pages = [
-        write_tokens(layer, tokens_of(room), to, place_in_new % page_size)
-        for layer, room in zip(pages, p.recent, strict=True)
-    ]
+    new_pages = form.finish(pages, p.states, p.counts)
     by_slot = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), p.record)
-    return new_pages, p.hidden, Chunk(by_slot, p.counts, p.stopped, p.step)
+    found = Chunk(by_slot, p.counts, p.stopped, p.step)
+    with viewed("decode"):
+        hidden = constrain(p.hidden, "tokens", "width")
+    return new_pages, hidden, jax.tree.map(constrain, found)  # whole, for the host

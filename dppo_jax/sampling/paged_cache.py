@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dppo_jax.models.config import DecoderConfig
-from dppo_jax.sharding import constrain
+from dppo_jax.sharding import constrain, viewed
 
 INT8_LARGEST = 127
 
@@ -51,13 +51,14 @@ def empty_pages(
     dtype = storage_dtype(config, cache_dtype)
     heads = 2 * config.kv_heads
 
-    def layer():
-        kv = jnp.zeros((pages, page_size, heads, config.head_size), dtype)
-        kv = constrain(kv, "batch", None, "kv_heads", None)
-        if dtype != jnp.int8:
-            return LayerPages(kv, None)
-        scale = jnp.zeros((pages, page_size, heads), jnp.float32)
-        return LayerPages(kv, constrain(scale, "batch", None, "kv_heads"))
+    def zeros(*shape, dtype=dtype):
+        with viewed("decode"):
+            return constrain(jnp.zeros(shape, dtype), "queries", None, "kv_heads")
+
+    def layer() -> LayerPages:
+        kv = zeros(pages, page_size, heads, config.head_size)
+        int8 = dtype == jnp.int8
+        return LayerPages(kv, zeros(pages, page_size, heads, dtype=jnp.float32) if int8 else None)
 
     return [layer() for _ in range(config.layers)]
 
@@ -109,6 +110,11 @@ def write_tokens(
 def copy_pages(pages: LayerPages, source: Int[Array, " N"], to: Int[Array, " N"]) -> LayerPages:
     """The pages with some copied."""
     return jax.tree.map(lambda old: old.at[to].set(old[source], mode="drop"), pages)
+
+
+def pages_of(pages: LayerPages, table: Int[Array, "N E"]) -> LayerPages:
+    """The tokens of the pages that `table` lists: leaves [N, E * page_size, ...]."""
+    return jax.tree.map(lambda leaf: leaf[table].reshape(len(table), -1, *leaf.shape[2:]), pages)
 
 
 def view_of(pages: LayerPages, table: Int[Array, "B E"]) -> View:

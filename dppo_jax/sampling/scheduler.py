@@ -123,7 +123,7 @@ class Scheduler:
         """Takes a sample out of its slot."""
         shard = self.shards[sample.shard]
         shard.pages.release(sample.pages)
-        shard.slots[sample.slot] = None
+        shard.slots[sample.slot % len(shard.slots)] = None
         sample.pages, sample.length, sample.slot, sample.shard = [], 0, -1, -1
 
     def restart(self) -> None:
@@ -234,11 +234,17 @@ class Scheduler:
                 return None
             pages = shard.prefilled.pop(key).pages + new
         self.queue.remove(sample)
+        if not siblings:
+            for other in self.shards:  # where nobody of them came to be
+                if key in other.prefilled:
+                    self._drop(other, key)
         self._admitted += 1
-        sample.admitted, sample.shard, sample.slot = self._admitted, at, shard.slots.index(None)
+        local = shard.slots.index(None)
+        sample.admitted, sample.shard = self._admitted, at
+        sample.slot = at * len(shard.slots) + local
         sample.pages, sample.length = pages, context.length
         sample.queue_seconds += time.monotonic() - sample.waiting_since
-        shard.slots[sample.slot] = sample
+        shard.slots[local] = sample
         return Start(sample, context.last, copy)
 
     def _allocate(self, shard: Shard, count: int, keep: Key | None = None) -> list[int] | None:

@@ -80,7 +80,7 @@ class Sample:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     shard: int = -1
-    slot: int = -1  # within the shard
+    slot: int = -1  # of all shards'
     pages: list[int] = field(default_factory=list)
     length: int = 0  # tokens whose keys and values are in the pages
     admitted: int = 0  # the order in which slots were given; a larger one is preempted first

@@ -1,0 +1,181 @@
+"""How the decoding loop keeps and reads keys and values: two forms with one interface.
+
+`start` gives each layer's state of the loop, `step` attends with one new token a slot, `finish`
+gives the pages back. On a mesh everything here is done shard by shard: a slot's pages lie on the
+devices that hold the slot, and heads are split over tensor.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+from jaxtyping import Array, Bool, Float, Int
+
+from dppo_jax.models.config import DecoderConfig
+from dppo_jax.sampling.paged_attention import (
+    Recent,
+    attend_view,
+    no_recent,
+    tokens_of,
+    with_column,
+)
+from dppo_jax.sampling.paged_cache import LayerPages, rounded, view_of, write_tokens
+from dppo_jax.sharding import spec_of
+
+# Logical axes that split arrays of pages, arrays [slots, heads, ...], and arrays of slots.
+PAGES = ("queries", None, "kv_heads")
+HEADS = ("queries", "kv_heads")
+SLOTS = ("queries",)
+WHOLE: tuple[str, ...] = ()
+# Of the ragged kernel: keys of one block, and queries, which are slots here.
+BLOCK, QUERIES = 512, 8
+
+
+def by_shard(function: Callable, *given: tuple, gives: tuple) -> Callable:
+    """`function` on each device's part of its arguments, which lie as these axes say.
+
+    `gives` are the axes of its result, or a tuple of those of its results.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def spec(axes):
+        return spec_of(axes, mesh, "decode")
+
+    out = tuple(map(spec, gives)) if gives and isinstance(gives[0], tuple) else spec(gives)
+    # Pallas kernels do not say over which axes their results vary.
+    return jax.shard_map(function, in_specs=tuple(map(spec, given)), out_specs=out, check_vma=False)
+
+
+class Where(NamedTuple):
+    """Where a slot's tokens lie: its pages, the chunk's pages, and how many tokens there are."""
+
+    table: Int[Array, "B E"]
+    new_pages: Int[Array, "B F"]
+    length: Int[Array, " B"]
+
+    def places(self, columns: Array, page_size: int) -> tuple[Array, Array]:
+        """Page and place of token `length` + column, for columns [C] or a single one."""
+        place = self.length[:, None] % page_size + jnp.atleast_1d(columns)
+        pages = jnp.take_along_axis(self.new_pages, place // page_size, axis=1)
+        return pages, place % page_size
+
+
+class DecodeForm(Protocol):
+    """One way to attend in the loop."""
+
+    def start(self, pages: Sequence[LayerPages], where: Where) -> list[Any]: ...
+
+    def step(
+        self,
+        layer: int,
+        state: Any,
+        q: Float[Array, "B H d"],
+        k: Float[Array, "B Hkv d"],
+        v: Float[Array, "B Hkv d"],
+        step: Int[Array, ""],
+        active: Bool[Array, " B"],
+    ) -> tuple[Float[Array, "B Hd"], Any]: ...
+
+    def finish(
+        self, pages: Sequence[LayerPages], states: list[Any], counts: Int[Array, " B"]
+    ) -> list[LayerPages]: ...
+
+
+class Viewed:
+    """A dense copy of the pages in use is made once a chunk, and only read in the loop.
+
+    What the loop draws goes to a column a step, and to its pages at the end. For backends whose
+    gathers cost more than the memory of the copy.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, chunk: int):
+        self.config, self.dtype, self.chunk = config, dtype, chunk
+
+    def start(self, pages: Sequence[LayerPages], where: Where) -> list[Recent]:
+        self.where = where
+        look = by_shard(view_of, PAGES, SLOTS, gives=HEADS)
+        self.views = [look(layer, where.table) for layer in pages]
+        return [no_recent(view, self.chunk) for view in self.views]
+
+    def step(self, layer, state, q, k, v, step, active):
+        def attend(q, new, view, length, recent, step):
+            recent = with_column(recent, new, step)
+            window = self.config.windows[layer]
+            return attend_view(self.config, q, view, length, recent, step, window), recent
+
+        given = (HEADS, HEADS, HEADS, SLOTS, HEADS, WHOLE)
+        attend = by_shard(attend, *given, gives=(HEADS, HEADS))
+        new = rounded(k, v, self.dtype)
+        return attend(q, new, self.views[layer], self.where.length, state, step)
+
+    def finish(self, pages, states, counts):
+        def write(layer: LayerPages, recent: Recent, where: Where, counts):
+            columns = jnp.arange(self.chunk)
+            to, at = where.places(columns, layer.kv.shape[1])
+            to = jnp.where(columns < counts[:, None], to, len(layer.kv))
+            return write_tokens(layer, tokens_of(recent), to, at)
+
+        write = by_shard(write, PAGES, HEADS, SLOTS, SLOTS, gives=PAGES)
+        return [write(*both, self.where, counts) for both in zip(pages, states, strict=True)]
+
+
+class Ragged:
+    """JAX's ragged paged attention for TPUs, which reads the pages where they are.
+
+    Each step writes its tokens to their pages; the table lists the chunk's pages too. Knows no
+    int8, and only heads that fill a register: `why_not_ragged`.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype):
+        self.config, self.dtype = config, dtype
+
+    def start(self, pages: Sequence[LayerPages], where: Where) -> list[LayerPages]:
+        self.where = where
+        return list(pages)
+
+    def step(self, layer, state, q, k, v, step, active):
+        c = self.config
+
+        def attend(q, new, pages: LayerPages, where: Where, step, active):
+            slots, page_size = len(q), pages.kv.shape[1]
+            to, at = where.places(step, page_size)
+            to = jnp.where(active, to[:, 0], len(pages.kv))
+            pages = write_tokens(pages, new, to, at[:, 0])
+            attended = ragged_paged_attention(
+                q,
+                pages.kv,
+                jnp.where(active, where.length + step + 1, 1),
+                where.table,
+                jnp.arange(slots + 1, dtype=jnp.int32),
+                jnp.array([slots], jnp.int32),
+                sm_scale=c.attention_scale,
+                soft_cap=c.attention_soft_cap,
+                sliding_window=c.windows[layer],
+                num_kv_pages_per_block=max(1, min(where.table.shape[1], BLOCK // page_size)),
+                num_queries_per_block=min(slots, QUERIES),
+            )
+            return attended.reshape(slots, -1), pages
+
+        given = (HEADS, HEADS, PAGES, SLOTS, WHOLE, SLOTS)
+        attend = by_shard(attend, *given, gives=(HEADS, PAGES))
+        return attend(q, rounded(k, v, self.dtype), state, self.where, step, active)
+
+    def finish(self, pages, states, counts):
+        return states
+
+
+def why_not_ragged(config: DecoderConfig, dtype: jnp.dtype, tensor: int) -> str | None:
+    """Why `Ragged` cannot serve this model with heads split over `tensor` devices, or None."""
+    heads = 2 * config.kv_heads // tensor
+    packed, rest = divmod(heads, 4 // dtype.itemsize)
+    if dtype == jnp.int8:
+        return "its scales are of whole arrays, the int8 cache's of tokens and heads"
+    if config.head_size % 128:
+        return f"head_size={config.head_size} is no multiple of 128"
+    if rest or (packed not in (1, 2, 4, 8) and packed % 8):
+        return f"{heads} key and value heads a device do not fill its tiles"
+    return None

@@ -1,0 +1,74 @@
+"""Run by test_sharded_engine.py in a process of eight CPU devices: one engine on several meshes."""
+
+import json
+
+import jax
+import numpy as np
+
+from dppo_jax.models.decoder import DecoderConfig, Model
+from dppo_jax.sampling.engine import Engine, EngineConfig
+from dppo_jax.sampling.requests import SamplingParams
+from dppo_jax.sharding import MeshConfig, shardings_of
+
+MODEL = DecoderConfig(
+    vocab_size=16, width=16, layers=2, heads=4, kv_heads=2, head_size=4, mlp_width=24, qk_norm=True
+)
+CONFIG = EngineConfig(
+    slots=8,
+    max_context=16,
+    chunk=4,
+    page_size=4,
+    prefill_buckets=(16,),
+    prefill_tokens=128,
+    top_k_capture=3,
+)
+MESHES = {
+    "data 2 x fsdp 2 x tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "data 8": MeshConfig(data=8, fsdp=1),
+}
+START = [1, 2, 3, 4, 5, 6, 7, 8]
+PROMPTS = [START, [*START, 9], [3], [2, 1], [*START, 1, 2], [7, 7, 7, 7, 7], [4] * 6, [11]]
+SAMPLING = [
+    SamplingParams(max_new_tokens=5 + i % 2, n=1 + i % 3, seed=i, stop_ids=(15,)) for i in range(8)
+]
+
+
+def main() -> dict:
+    model = Model(MODEL)
+    params = jax.tree.map(lambda leaf: leaf * 1.6, jax.jit(model.init)(jax.random.key(0)))
+    engine = Engine(model, CONFIG)
+    expected = engine.generate(params, PROMPTS, SAMPLING)
+    found = {}
+    for name, mesh_config in MESHES.items():
+        mesh = mesh_config.build()
+        placed = jax.device_put(params, shardings_of(model.logical_axes, mesh))
+        engine = Engine(model, CONFIG, mesh)
+        first = engine.generate(placed, PROMPTS, SAMPLING)
+        again = engine.generate(placed, PROMPTS, SAMPLING)  # with a prefix of every prompt known
+        compiled = engine.stats.compilations
+        engine.generate(placed, PROMPTS, SAMPLING)
+        tokens, logp = [], []
+        for ours, theirs, others in zip(expected, first, again, strict=True):
+            for one, two, three in zip(ours, theirs, others, strict=True):
+                tokens.append(one.tokens.tolist() == two.tokens.tolist() == three.tokens.tolist())
+                if tokens[-1]:
+                    logp.append(float(np.abs(one.logp - two.logp).max()))
+        kv = engine._device._pages[0].kv
+        found[name] = {
+            "same_tokens": tokens,
+            "logp_difference": max(logp),
+            "part_of_the_pages": kv.addressable_shards[0].data.size / kv.size,
+            "compiled_again": engine.stats.compilations - compiled,
+            "cached_tokens": engine.stats.cached_tokens,
+            "held": [shard.pages.held for shard in engine._scheduler.shards],
+        }
+    try:
+        Engine(model, CONFIG, MeshConfig(data=1, fsdp=1, tensor=8).build())
+        found["refused"] = ""
+    except ValueError as error:
+        found["refused"] = str(error)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))

@@ -1,0 +1,31 @@
+"""The rollout engine on eight devices draws what it draws on one."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_mesh import with_eight_devices
+
+pytestmark = pytest.mark.multidevice
+
+
+@pytest.fixture(scope="module")
+def found():
+    done = with_eight_devices(Path(__file__).parent / "sharded_engine.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("mesh", ["data 2 x fsdp 2 x tensor 2", "data 8"])
+def test_the_mesh_changes_no_token(found, mesh):
+    one = found[mesh]
+    assert len(one["same_tokens"]) == 15 and all(one["same_tokens"])
+    assert one["logp_difference"] < 1e-4
+    assert one["part_of_the_pages"] == 1 / 8
+    assert one["cached_tokens"] > 0
+    assert not any(one["held"])
+    assert one["compiled_again"] == 0
+
+
+def test_heads_that_do_not_divide_are_refused(found):
+    assert "kv_heads=2 is not divisible by the mesh's tensor=8" in found["refused"]
