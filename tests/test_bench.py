@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from dppo_jax import bench
+from dppo_jax import bench, bench_sample
 from dppo_jax.models.decoder import DecoderConfig
 
 FLAGS = """--vocab 16 --width 8 --layers 1 --head-size 4 --mlp 12 --prompts 2 --samples 2
@@ -141,3 +142,47 @@ def test_the_forms_of_the_head_compute_the_same_thing():
 def test_a_form_that_does_not_exist(dppo):
     run = dppo("bench", "head", "--forms=xla,fast")
     assert run.status == 2 and "unknown form 'fast'; known: naive, chunked" in run.err
+
+
+def test_bench_sample(dppo, monkeypatch):
+    """Twelve responses of a long tail on four slots, with continuous batching and without."""
+    monkeypatch.setattr(bench, "PEAK_SIZE", 64)
+    monkeypatch.setattr(bench_sample, "STREAM_BYTES", 2**16)
+    model = dict(width=8, layers=1, heads=2, kv_heads=1, head_size=4, mlp_width=12)
+    tiny = bench_sample.Shape(model, 16, 12, 1, 4, 28, 4, tail_median=4)
+    monkeypatch.setitem(bench_sample.PRESETS, "long-tail", tiny)
+    flags = ("--repeats", 1, "--top-k", 2, "--chunk", 4, "--page-size", 32)
+    done = dppo("bench", "sample", "long-tail", "--json", *flags)
+    assert done.status == 0, done.err
+    result = json.loads(done.out)
+    forms = result["forms"]
+    assert set(forms) == {"recorded", "plain", "static"}
+    lengths = bench_sample.tail_lengths(12, 4, 28)
+    assert result["shape"]["tokens"] == lengths.sum()
+    for form in forms.values():
+        assert form["tokens_per_second"] == pytest.approx(lengths.sum() / form["seconds"])
+        assert form["fraction_of_limit"] == pytest.approx(result["limit_seconds"] / form["seconds"])
+    assert forms["static"]["slots_busy"] < forms["recorded"]["slots_busy"] <= 1
+    assert dppo("bench", "sample", "nothing").err.strip().startswith("dppo: unknown preset")
+
+
+def test_tail_lengths():
+    lengths = bench_sample.tail_lengths(2000, 64, 512)
+    assert 58 < np.median(lengths) < 70 and lengths.max() == 512 and lengths.min() >= 1
+    assert 0.005 < (lengths == 512).mean() < 0.02
+
+
+def test_the_floor_of_sampling_by_hand():
+    """One layer, 2 x 2 samples of 3 tokens on 4 slots: three steps read all weights."""
+    model = dict(width=8, layers=1, heads=2, kv_heads=2, head_size=4, mlp_width=12)
+    config = DecoderConfig(vocab_size=16, **model)
+    shape = bench_sample.Shape(model, 16, 2, 2, 5, 3, 4)
+    weights = 4 * (LAYER + HEAD + 8 * 3)  # bytes; three norms
+    # A token's keys and values are 2 x 8 numbers. 6 keys a sample of its own, and 3 times the
+    # prompt's 5 for each of two prompts.
+    read = 3 * weights + 2 * 8 * 4 * (4 * 6 + 2 * 3 * 5)
+    floor = bench_sample._floor_seconds(config, shape, np.array([3, 3]), 1e30, 1.0, "model")
+    assert floor == pytest.approx(read)
+    flops = 2 * (LAYER * (4 * 3 + 10) + KEY * (4 * (6 + 15) + 2 * 15) + HEAD * 12)
+    floor = bench_sample._floor_seconds(config, shape, np.array([3, 3]), 1.0, 1e30, "model")
+    assert floor == pytest.approx(flops)

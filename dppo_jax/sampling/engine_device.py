@@ -124,7 +124,8 @@ class EngineDevice:
             self._pages,
             **call.arrays,
             model=self.model,
-            programs=self._programs,
+            max_context=self.config.max_context,
+            cache_dtype=self.config.cache_dtype,
         )
         return last
 

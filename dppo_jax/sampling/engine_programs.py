@@ -34,7 +34,7 @@ from dppo_jax.sharding import constrain, viewed
 
 @dataclass(frozen=True)
 class Programs:
-    """What is compiled in; everything else is data."""
+    """What is compiled into `decode_chunk`; everything else is data."""
 
     chunk: int
     max_context: int
@@ -75,7 +75,11 @@ def _blocks(decoder: Decoder) -> list[Block]:
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "programs"), donate_argnames=("pages",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "max_context", "cache_dtype"),
+    donate_argnames=("pages",),
+)
 def prefill(
     params: Params,
     pages: list[LayerPages],
@@ -86,7 +90,8 @@ def prefill(
     prefix_lengths: Int[Array, " N"],
     *,
     model: Model,
-    programs: Programs,
+    max_context: int,
+    cache_dtype: str,
 ) -> tuple[list[LayerPages], Float[Array, "N D"]]:
     """Writes the keys and values of `tokens` to pages `to`; the last token's hidden state.
 
@@ -100,9 +105,9 @@ def prefill(
     columns = jnp.arange(width)
     mask = columns < lengths[:, None]
     positions = (prefix_lengths[:, None] + columns).reshape(-1)
-    tables = rope_tables(c, programs.max_context + width)
+    tables = rope_tables(c, max_context + width)
     ropes = [(cos[positions], sin[positions]) for cos, sin in tables]
-    dtype = storage_dtype(c, programs.cache_dtype)
+    dtype = storage_dtype(c, cache_dtype)
     x = constrain(decoder.embed(tokens.reshape(-1)), "tokens", "width")
     new_pages = []
     write = by_shard(write_pages, PAGES, PAGES, SLOTS, gives=PAGES)

@@ -1,4 +1,4 @@
-"""Verbs that measure: bench step, bench head."""
+"""Verbs that measure: bench step, bench head, bench sample."""
 
 import argparse
 import importlib.util
@@ -53,6 +53,40 @@ def add(verbs: Any) -> None:
         help="compile for these TPUs instead, by commas (v4, v5e, v5p, v6e, 7x): memory, flops and "
         "seconds as the compiler has them, in bfloat16; needs libtpu and no TPU",
     )
+
+    sample = add_verb(
+        bench,
+        "sample",
+        _bench_sample,
+        "Tokens a second of the rollout engine, against the machine's limits.",
+        "dppo bench sample large-batch --json",
+    )
+    sample.add_argument(
+        "preset", help="small-batch, large-batch, long-tail, or qwen3-1.7b (for an accelerator)"
+    )
+    sample.add_argument("--json", action="store_true", help="print one JSON object")
+    for flag, default in (("top-k", 20), ("chunk", 32), ("page-size", 32), ("repeats", 3)):
+        sample.add_argument(f"--{flag}", type=int, default=default, help=f"(default: {default})")
+    sample.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
+    sample.add_argument(
+        "--cache-dtype", default="model", help="model, bfloat16 or int8 (default: model)"
+    )
+
+
+def _bench_sample(options: argparse.Namespace) -> None:
+    command.start_jax()
+    from dppo_jax.bench_sample import bench_sample, show_sample
+
+    result = bench_sample(
+        preset=options.preset,
+        top_k=options.top_k,
+        chunk=options.chunk,
+        page_size=options.page_size,
+        dtype=options.dtype,
+        cache_dtype=options.cache_dtype,
+        repeats=options.repeats,
+    )
+    print(json.dumps(result)) if options.json else show_sample(result)
 
 
 def _bench_step(options: argparse.Namespace) -> None:
