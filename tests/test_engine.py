@@ -273,7 +273,7 @@ def test_a_rounded_cache_is_near_and_repeatable(tiny, cache_dtype):
     sampling = SamplingParams(max_new_tokens=9, n=3, seed=4)
     [plenty] = engine.generate(tiny[1], [PROMPTS[0]], sampling)
     for completion in plenty:
-        check(tiny, PROMPTS[0], sampling, completion, atol=0.15)
+        check(tiny, PROMPTS[0], sampling, completion, atol=0.3)
         with pytest.raises(AssertionError):  # it is rounded
             check(tiny, PROMPTS[0], sampling, completion, atol=1e-4)
     engine._scheduler.shards[0].pages = Pages(5)
@@ -281,7 +281,8 @@ def test_a_rounded_cache_is_near_and_repeatable(tiny, cache_dtype):
     assert engine.stats.preemptions > 0
     for one, two in zip(plenty, scarce, strict=True):
         np.testing.assert_array_equal(one.tokens, two.tokens)
-        np.testing.assert_allclose(one.logp, two.logp, atol=1e-4)
+        # A number that lies between two steps may fall to either when it is computed again.
+        np.testing.assert_allclose(one.logp, two.logp, atol=1e-3)
 
 
 def test_rounding_to_int8_by_hand():

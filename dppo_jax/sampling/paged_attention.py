@@ -74,8 +74,7 @@ def attend_view(
     q = (q * config.attention_scale).reshape(batch, groups, heads // groups, size)
 
     def scores(k, k_scale):
-        if k.dtype == jnp.int8:
-            k = k.astype(q.dtype)
+        k = k.astype(q.dtype)
         z = jnp.einsum("bhrd,bhtd->bhrt", q, k, preferred_element_type=jnp.float32)
         z = z if k_scale is None else z * k_scale[:, :, None]
         return soft_capped(z, config.attention_soft_cap)
@@ -92,10 +91,8 @@ def attend_view(
 
     def values(w, v, v_scale):
         w = w if v_scale is None else w * v_scale[:, :, None]
-        v = v.astype(q.dtype) if v.dtype == jnp.int8 else v
-        return jnp.einsum(
-            "bhrt,bhtd->bhrd", w.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
+        w, v = w.astype(q.dtype), v.astype(q.dtype)
+        return jnp.einsum("bhrt,bhtd->bhrd", w, v, preferred_element_type=jnp.float32)
 
     split = view.k.shape[2]
     out = values(weights[..., :split], view.v, view.v_scale)
