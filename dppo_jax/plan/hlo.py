@@ -282,10 +282,10 @@ def _window_pairs(
 def _traffic(i: Instruction, operands: list[Instruction], fused: dict[str, Instruction]) -> float:
     """Bytes to and from HBM: what is read and written; of a slice or an update, that part only."""
     written = [shape for shape in i.shapes if shape.in_hbm]
-    if i.opcode in ("copy-start", "slice-start"):  # (to, from, context)
-        to = [shape for shape in i.shapes[:1] if shape.in_hbm]
-        size = i.shapes[0].bytes
-        return sum(s.bytes for s in to) + (size if _in_hbm(operands) else 0.0)
+    if i.opcode in ("copy-start", "slice-start"):
+        # (to, from, context) of a copy, ((from), to, context) of a slice
+        to = i.shapes[0 if i.opcode == "copy-start" else 1]
+        return to.bytes * (to.in_hbm + _in_hbm(operands))
     if i.opcode == "dynamic-update-slice":
         return 2.0 * operands[1].shapes[0].bytes if written else 0.0
     if i.opcode in ("slice", "dynamic-slice", "gather"):

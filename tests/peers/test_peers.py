@@ -89,6 +89,33 @@ def test_one_short_step(script, requirements, package, variable, micro_prompts):
     assert 1e-6 < result["weight_change_max"] < 3e-6
 
 
+SAMPLERS = [
+    ("hf_generate.py", "requirements-hf.txt", "transformers", "DPPO_PEER_TRL_PYTHON"),
+    ("tunix_sample.py", "requirements-tunix.txt", "google-tunix", "DPPO_PEER_TUNIX_PYTHON"),
+]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    "script, requirements, package, variable", SAMPLERS, ids=["transformers", "tunix"]
+)
+def test_a_peer_samples(script, requirements, package, variable):
+    python = interpreter(requirements, package, variable)
+    command = [python, str(HERE / script), "small-batch", "--repeats=1", "--new-tokens=3"]
+    done = run([*command, "--threads=1", "--json"])
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["shape"]["sequences"] == 16 and result["shape"]["new_tokens"] == 3
+    assert result["tokens_per_second"] == pytest.approx(48 / result["seconds"]["median"])
+    assert f"{package}=={result['versions'][package]}" in (HERE / requirements).read_text()
+
+
+@pytest.mark.parametrize("script", [sampler[0] for sampler in SAMPLERS])
+def test_an_unknown_preset_is_one_line(script):
+    done = run([sys.executable, str(HERE / script), "huge"])
+    assert done.returncode == 2 and "invalid choice: 'huge'" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("script", [peer[0] for peer in PEERS])
 def test_bad_shape_is_one_line(script):
     """Needs no peer: flags are checked before anything heavy is imported."""

@@ -1,0 +1,57 @@
+"""The rollout engine's programs compiled for pod slices: do they fit, and what does a step read?"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dppo_jax.kernels.chips import CHIPS, ENVIRONMENT
+
+HERE = Path(__file__).parent
+
+pytestmark = [
+    pytest.mark.tpu_aot,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+]
+
+
+def compiled(topology: str, layers: int, *programs: str) -> dict:
+    paths = [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, HERE / "compile_engine.py", topology, str(layers), *programs],
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    return found
+
+
+def check(found: dict, layers: int) -> None:
+    chip = CHIPS[found["topology"].split(":")[0]]
+    assert found["decode"]["kernels"] == layers  # one ragged paged attention in each
+    floor = sum(found["floor"].values())
+    # A vocabulary's tile may stay on the chip; compile_engine.py says what is counted beside it.
+    assert 0.9 * floor < found["decode"]["step_bytes"] < MOST * floor
+    for program in {"decode", "prefill"} & set(found):
+        assert found[program]["bytes_a_chip"] < chip.hbm_bytes
+
+
+MOST = 2.5  # times the floor
+
+
+def test_decoding_of_one_layer_fits():
+    """Qwen3-8B's shape with a single layer; the tests marked slow have them all."""
+    check(compiled("v5e:4x4", 1, "decode"), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:4x4x4"])
+def test_the_whole_model_fits(topology):
+    check(compiled(topology, 36, "decode", "prefill"), 36)
