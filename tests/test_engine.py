@@ -254,6 +254,7 @@ def test_a_bad_request_is_one_line_and_others_go_on(tiny, engine, prompt, sampli
         (dict(cache_dtype="float8"), "cache_dtype='float8'"),
         (dict(chunk=0), "chunk=0 must be at least 1"),
         (dict(cache_bytes=10), "less than one page of"),
+        (dict(top_k_capture=0, replay=True), "set top_k_capture above 0"),
         (dict(top_k_capture=38), "more than the model's vocabulary of 37"),
     ],
 )

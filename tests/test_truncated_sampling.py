@@ -15,8 +15,10 @@ from dppo_jax.divergence import exact_kl, exact_tv
 from dppo_jax.kernels.drawing import draw
 from dppo_jax.kernels.filters import Filters, RowFilters
 from dppo_jax.models.decoder import response_states
-from dppo_jax.records import Batch, TokenStats
+from dppo_jax.records import Batch, Rollout, TokenStats
+from dppo_jax.sampling.engine import Engine, EngineConfig
 from dppo_jax.sampling.generate import SamplingConfig, generate
+from dppo_jax.sampling.requests import SamplingParams
 from dppo_jax.scoring import kept_sizes, loss_and_score, renormalised, score, tightness
 
 TEMPERATURE = 0.9
@@ -137,6 +139,44 @@ def test_on_policy_ratios_are_one(tiny, rollout, scored):
     sizes = kept_sizes(rollout)
     assert 1 < sizes["truncation/kept"].sum / mask.sum() < 20
     assert kept_sizes(forgotten) == {}
+
+
+def test_the_engine_records_kept_sets_too(tiny, prompts):
+    """And a request without a filter in the same batch is drawn from the whole vocabulary."""
+    model, params = tiny
+    engine = Engine(
+        model,
+        EngineConfig(
+            slots=4, max_context=16, chunk=4, page_size=8, prefill_buckets=(16,),
+            top_k_capture=20, replay=True,
+        ),
+    )  # fmt: skip
+    asked = [
+        np.asarray(row)[np.asarray(mask)]
+        for row, mask in zip(prompts.tokens, prompts.mask, strict=True)
+    ]
+    cut = SamplingParams(max_new_tokens=6, temperature=TEMPERATURE, top_p=0.8)
+    each = [cut, cut, dataclasses.replace(cut, top_p=1.0)]
+    done = [completions[0] for completions in engine.generate(params, asked, each)]
+    assert (done[2].kept_count == 0).all()
+    for of in done[:2]:
+        assert (of.kept_count == np.isfinite(of.topk_logp).sum(axis=1)).all()
+    drawn = Rollout(
+        prompt_tokens=prompts.tokens[:2],
+        prompt_mask=prompts.mask[:2],
+        response_mask=jnp.ones((2, 6), bool),
+        finish_reason=jnp.zeros((2,), jnp.int32),
+        **{
+            name: jnp.stack([getattr(of, field) for of in done[:2]])
+            for name, field in {
+                "response_tokens": "tokens", "logp_rollout": "logp", "topk_ids": "topk_ids",
+                "topk_logp_rollout": "topk_logp", "entropy_rollout": "entropy",
+                "kept_count": "kept_count", "policy_version": "policy_version",
+            }.items()
+        },
+    )  # fmt: skip
+    stats = score(model, params, drawn, temperature=TEMPERATURE)
+    np.testing.assert_allclose(stats.logp, drawn.logp_rollout, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

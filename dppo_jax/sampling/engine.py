@@ -227,6 +227,7 @@ class Engine:
                 topk_logp=column(drawn.topk_logp),
                 entropy=column(drawn.entropy),
                 policy_version=np.full(count, policy_version, np.int32),
+                kept_count=column(drawn.kept_count),
             )
             sample.decode_seconds += seconds
             sample.length += count

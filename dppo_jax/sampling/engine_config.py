@@ -21,6 +21,9 @@ class EngineConfig:
     continuous: bool = True  # False: slots are filled again only when all of them are free
     top_k_capture: int = 20
     cache_dtype: str = "model"  # or bfloat16, or int8 with a scale for each token and head
+    # For training: whoever filters keeps at most top_k_capture tokens, which are all recorded, so
+    # that `scoring` can renormalise over them.
+    replay: bool = False
     logp: str = "sampled"  # or raw: before bias, penalty and filters
     stop_ids: int = 8  # room for those of a request
     logit_biases: int = 32  # likewise
@@ -43,6 +46,8 @@ class EngineConfig:
             raise ValueError(f"logp={self.logp!r}: use 'sampled' or 'raw'")
         if self.top_k_capture < 0 or self.stop_ids < 0 or self.logit_biases < 0:
             raise ValueError("top_k_capture, stop_ids and logit_biases must not be negative")
+        if self.replay and not self.top_k_capture:
+            raise ValueError("replay records kept sets among the top K: set top_k_capture above 0")
         if any(bucket < 1 for bucket in self.prefill_buckets):
             raise ValueError(f"prefill_buckets={self.prefill_buckets} must be at least 1 each")
         if self.prefill_buckets and max(self.prefill_buckets) < self.max_context:

@@ -52,6 +52,7 @@ class EngineDevice:
             raw_logp=c.logp == "raw",
             cache_dtype=c.cache_dtype,
             ragged=jax.default_backend() == "tpu" and refused is None,
+            replay=c.replay,
         )
         # Born as the programs give them back, so that the second call compiles nothing.
         with self._on_mesh():

@@ -41,6 +41,7 @@ class Programs:
     top_k_capture: int
     raw_logp: bool
     cache_dtype: str
+    replay: bool = False
     ragged: bool = False  # attention by the TPU kernel, `decode_forms.Ragged`
 
 
@@ -213,10 +214,12 @@ def decode_chunk(
             top_k_capture=programs.top_k_capture,
             soft_cap=c.final_soft_cap,
             raw_logp=programs.raw_logp,
+            replay=programs.replay,
         )
         if drawn.raw_logp is not None:
             drawn = drawn._replace(logp=drawn.raw_logp)
-        drawn = drawn._replace(raw_logp=None)
+        kept = drawn.kept_count if programs.replay else jnp.zeros_like(drawn.token)
+        drawn = drawn._replace(raw_logp=None, kept_count=kept)
         record = jax.tree.map(lambda room, leaf: room.at[p.step].set(leaf), p.record, drawn)
         stop = p.active & jnp.any(drawn.token[:, None] == slots.stop_ids, axis=1)
         counts = p.counts + p.active
@@ -257,6 +260,7 @@ def decode_chunk(
                 topk_ids=room(stored, jnp.int32),
                 topk_logp=room(stored, jnp.float32),
                 entropy=room((), jnp.float32),
+                kept_count=room((), jnp.int32),
             ),
             history=slots.history,
         ),

@@ -80,6 +80,8 @@ class Completion:
     policy_version: Int[np.ndarray, " T"]  # of the parameters that drew the token
     finish_reason: int  # FINISH_LENGTH or FINISH_STOP
     timings: Timings
+    # Where the engine replays truncated sampling: of topk_ids, how many could be drawn; else 0.
+    kept_count: Int[np.ndarray, " T"] | None = None
     error: str | None = None  # why the request was refused, in one line; then there are no tokens
 
     @property

@@ -22,6 +22,7 @@ class Tokens(NamedTuple):
     topk_logp: Float[np.ndarray, "T K"]
     entropy: Float[np.ndarray, " T"]
     policy_version: Int[np.ndarray, " T"]
+    kept_count: Int[np.ndarray, " T"]
 
     def first(self, count: int) -> "Tokens":
         return Tokens(*(leaf[:count] for leaf in self))
@@ -30,7 +31,8 @@ class Tokens(NamedTuple):
 def no_tokens(top_k: int) -> Tokens:
     ids, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
     stored = np.zeros((0, top_k))
-    return Tokens(ids, floats, stored.astype(np.int32), stored.astype(np.float32), floats, ids)
+    topk = stored.astype(np.int32), stored.astype(np.float32)
+    return Tokens(ids, floats, *topk, floats, ids, ids)
 
 
 @dataclass(frozen=True)
