@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+from qwix import quantize
 
+from dppo_jax.models.block import MATRICES
 from dppo_jax.models.decoder import Params
 
 State = Any  # a pytree of arrays that lives and is checkpointed with the run
@@ -26,6 +28,7 @@ class RolloutPolicy(NamedTuple):
     init: Callable[[Params], State]
     # (state, parameters before the step, step, key) -> (parameters to sample with, next state)
     choose: Callable[[State, Params, Int[Array, ""], Array], tuple[Params, State]]
+    last: bool = False  # stores parameters in a form that no other policy takes
 
 
 def current() -> RolloutPolicy:
@@ -34,12 +37,34 @@ def current() -> RolloutPolicy:
 
 
 def bfloat16_weights() -> RolloutPolicy:
-    """Weights rounded to bfloat16; activations keep the model's dtype."""
+    """Weights in bfloat16, in the sampler's memory too; activations keep the model's dtype."""
+    return _mapped(lambda params, key: jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
 
-    def round_to_bfloat16(params: Params, key: Array) -> Params:
-        return jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(p.dtype), params)
 
-    return _mapped(round_to_bfloat16)
+def int8_weights() -> RolloutPolicy:
+    """The layers' matrices in 8-bit integers: W ≈ s·Q, a scale s for each output.
+
+    s = max|W| over the inputs of an output / 127.5, as qwix's symmetric "absmax". They are int8 in
+    the sampler's memory too, and floating point where a product reads them; activations keep the
+    model's dtype. Embedding, unembedding, norms, biases and router stay as they are.
+    """
+
+    def quantised(params: Params, key: Array) -> Params:
+        found = []
+
+        def one(path, weight):
+            if getattr(path[-1], "key", None) not in MATRICES or weight.ndim < 2:
+                return weight
+            found.append(path)
+            each = [axis for axis in range(weight.ndim) if axis != weight.ndim - 2]
+            return quantize(weight, jnp.int8, channelwise_axes=each)
+
+        out = jax.tree_util.tree_map_with_path(one, params)
+        if not found:
+            raise ValueError("int8_weights: there is no layer's matrix among these parameters")
+        return out
+
+    return _mapped(quantised)._replace(last=True)
 
 
 def noisy_weights(scale: float) -> RolloutPolicy:
@@ -87,6 +112,8 @@ def stale(steps: int) -> RolloutPolicy:
 
 def chained(policies: Sequence[RolloutPolicy]) -> RolloutPolicy:
     """One after the other: `(@rollout_policy.stale(), @rollout_policy.bfloat16_weights())`."""
+    if any(policy.last for policy in policies[:-1]):
+        raise ValueError("int8_weights takes what others leave: make it the last of the chain")
 
     def init(params: Params) -> State:
         return [policy.init(params) for policy in policies]
@@ -100,7 +127,7 @@ def chained(policies: Sequence[RolloutPolicy]) -> RolloutPolicy:
             after.append(state)
         return params, after
 
-    return RolloutPolicy(init, choose)
+    return RolloutPolicy(init, choose, last=any(policy.last for policy in policies))
 
 
 def _mapped(function: Callable[[Params, Array], Params]) -> RolloutPolicy:

@@ -281,6 +281,8 @@ def train(
             step_key = jax.random.fold_in(sampling_key, step)
             whole = network.policy(state.params, base)
             mu, memory = choose(state.rollout_memory, whole, step, step_key)
+            jax.block_until_ready(mu)
+            clock.lap("weight_sync")
             # A copy, since updates donate their parameters; each step, so that none compiles late.
             rollout_params = network.copied(mu) if exact or exact_divergence_every else None
             state = dataclasses.replace(state, rollout_memory=memory)

@@ -36,9 +36,9 @@ def test_stale_lags_by_its_steps(lag):
         jax.tree.map(np.testing.assert_array_equal, chosen, params(max(0, step - lag)))
 
 
-def test_bfloat16_rounds_and_keeps_the_dtype():
+def test_bfloat16_rounds_and_takes_half_the_memory():
     (chosen,) = sampled_from(rp.bfloat16_weights(), 1)
-    assert chosen["b"].dtype == jnp.float32
+    assert chosen["b"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(chosen["b"], np.float32(-0.10009765625))  # 8 bits of 0.1
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from qwix import QArray, dequantize
 
 from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.config import DecoderConfig
@@ -14,6 +15,8 @@ from dppo_jax.models.expert_parallel import expert_mlps_on_mesh
 from dppo_jax.models.moe import route, stored_ids
 from dppo_jax.models.rope import Rope, rotate
 from dppo_jax.sharding import constrain
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # [..., in, out]; a layer's products
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -38,9 +41,16 @@ def norm_scale(config: DecoderConfig, size: int):
 def gathered(param: nnx.Param) -> Array:
     """A parameter for use: whole along `embed`, which only its storage splits (FSDP).
 
-    In the decode view it stays as it is stored.
+    In the decode view it stays as it is stored. An integer one (`rollout_policy.int8_weights`) is
+    made floating point here, where it is used: compilers fuse that into the product that reads it.
     """
-    return constrain(param[...], *param.axes)
+    value = param[...]
+    if not isinstance(value, QArray):
+        return constrain(value, *param.axes)
+    scale_axes = (a if n > 1 else None for a, n in zip(param.axes, value.scale.shape, strict=True))
+    return dequantize(
+        QArray(constrain(value.qvalue, *param.axes), constrain(value.scale, *scale_axes))
+    )
 
 
 def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float):
@@ -52,8 +62,8 @@ def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float):
 
 def normed(config: DecoderConfig, x: Float[Array, "*N D"], weight: nnx.Param):
     """`rms_norm` with the weight as the configuration means it: w, or 1 + w."""
-    scale = 1.0 + weight[...] if config.unit_offset_norms else weight[...]
-    return rms_norm(x, scale, config.norm_eps)
+    scale = weight[...].astype(jnp.float32)
+    return rms_norm(x, 1.0 + scale if config.unit_offset_norms else scale, config.norm_eps)
 
 
 class Block(nnx.Module):

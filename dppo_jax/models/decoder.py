@@ -5,6 +5,7 @@ functions of the parameters. `sampling` walks the same `Block`s one token at a
 time with a cache.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -332,6 +333,10 @@ class Model:
         self.config = config
         abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
         self._graphdef, self._abstract = nnx.split(abstract)
+
+    def in_dtype(self, dtype: str) -> "Model":
+        """The same function of the same parameters, computed in `dtype`."""
+        return Model(dataclasses.replace(self.config, dtype=dtype))
 
     def init(self, key: Array) -> Params:
         """Fresh float32 parameters; jit with out_shardings to have them born sharded."""

@@ -7,6 +7,7 @@ are never merged while a run lasts: sampling, scoring and update compute the sam
 so that the sampler needs no second copy of the base and its policy is the trainer's.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -38,6 +39,9 @@ class LoraModel(Model):
         self.lora, self.dropout = lora, lora.dropout > 0
         abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), lora))
         self._adapted_graphdef, self._adapted = nnx.split(abstract)
+
+    def in_dtype(self, dtype: str) -> "LoraModel":
+        return LoraModel(dataclasses.replace(self.config, dtype=dtype), self.lora)
 
     def policy(self, params: Params, frozen: Params | None = None, key: Any = None) -> Params:
         """What `bind` takes: the adapters `params` over the base `frozen`; `key` is dropout's."""

@@ -58,6 +58,7 @@ class SamplingConfig:
     # Sampling one of these ends the response and belongs to it; a run adds its tokenizer's.
     end_ids: tuple[int, ...] = ()
     truncated_sampling: Literal["replay", "refuse"] = "replay"
+    dtype: Literal["float32", "bfloat16"] | None = None  # of activations; None: the model's
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.samples_per_prompt < 1:
@@ -215,6 +216,8 @@ def _columns(
     model: Model, params: Params, prompts: Prompts, key: Array, settings: SamplingConfig
 ) -> tuple[Callable[[], _Progress], Callable[[_Progress], _Progress]]:
     """How the first column is drawn, by the prompts, and each of the others, after the last."""
+    if settings.dtype is not None:
+        model = model.in_dtype(settings.dtype)
     decoder = model.bind(params)
     graphdef, stacked = nnx.split(decoder.blocks)
     # One slice a layer before the loop, so that the loop reads weights and copies none.
