@@ -1,6 +1,7 @@
 """Rows drawn each in its own way: how often each token comes, and on what that depends."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from test_sampler_head import kept64
 
+from dppo_jax.kernels import streamed_sampler
 from dppo_jax.kernels.drawing import draw
 from dppo_jax.kernels.filters import Filters
 from dppo_jax.kernels.rows import draw_rows, row_keys
@@ -163,6 +165,44 @@ def test_same_seed_same_tokens_whatever_the_batch():
         other = run(requests, order)
         np.testing.assert_array_equal(other.token[:4], alone.token[:4])
         np.testing.assert_allclose(other.logp[:4], alone.logp[:4], rtol=1e-5)
+
+
+def test_streamed_rows_record_what_plain_ones_do(monkeypatch):
+    """Each kind of request in one batch, and none of them moved by the others."""
+    monkeypatch.setattr(streamed_sampler, "BINS", 4)
+    logits = jax.random.normal(jax.random.key(0), (len(REQUESTS), VOCABULARY)) * 2
+    matrix, position = jnp.eye(VOCABULARY), jnp.arange(len(REQUESTS))
+    history = jnp.broadcast_to(jnp.array(HISTORY), (len(REQUESTS), len(HISTORY)))
+    rows = stacked([row_of(r, 1, biases=ROOM) for r in REQUESTS.values()])
+
+    @functools.partial(jax.jit, static_argnames=("form", "replay"))
+    def run(rows, form, replay):
+        return sample_rows(
+            logits, matrix, rows, position, history, top_k_capture=4, raw_logp=True,
+            form=form, replay=replay,
+        )  # fmt: skip
+
+    for replay in (False, True):
+        ours, want = (run(rows, form, replay) for form in ("streamed", "plain"))
+        there = np.isfinite(want.topk_logp)
+        np.testing.assert_array_equal(ours.topk_ids[there], want.topk_ids[there])
+        np.testing.assert_allclose(ours.topk_logp[there], want.topk_logp[there], rtol=1e-4)
+        np.testing.assert_array_equal(np.isfinite(ours.topk_logp), there)
+        np.testing.assert_allclose(ours.entropy, want.entropy, rtol=1e-4, atol=1e-6)
+        divisor = np.where(rows.temperature == 0, 1, rows.temperature)[:, None]
+        raw = jax.nn.log_softmax(logits / divisor)
+        np.testing.assert_allclose(ours.raw_logp, raw[position, ours.token], rtol=1e-4)
+        assert ours.token[-1] == want.token[-1]  # greedy
+        if replay:
+            np.testing.assert_array_equal(ours.kept_count, want.kept_count)
+        # without those that are drawn plainly, the others draw what they did
+        alone = jax.tree.map(np.array, rows)
+        alone.repetition_penalty[:] = 1
+        alone.bias[:] = 0
+        other = run(alone, "streamed", replay)
+        names = list(REQUESTS)
+        for name in ("whole", "cold", "top_k", "top_p", "min_p", "three"):
+            assert ours.token[names.index(name)] == other.token[names.index(name)], name
 
 
 def test_keys_depend_on_seed_sample_and_position_alone():

@@ -200,7 +200,7 @@ def test_the_streamed_form_records_what_the_plain_form_does(small_chunks, vocab,
     logits[4] = 1.5
     k = min(vocab, 6)
     key = jax.random.key(0)
-    ours, exact = jax.jit(streamed, static_argnames=("temperature", "top_k_capture", "bins"))(
+    ours, exact, _ = jax.jit(streamed, static_argnames=("temperature", "top_k_capture", "bins"))(
         *head_of(logits), key, temperature=temperature, top_k_capture=k, bins=24
     )
     want = draw(jnp.asarray(logits), key, temperature, k)
@@ -226,13 +226,13 @@ def test_rows_that_the_candidates_would_miss(small_chunks):
     run = jax.jit(lambda *args: streamed(*args, **options))
     # an identity matrix would multiply the infinities by 0
     hidden, matrix = jnp.eye(3), jnp.asarray(np.where(np.isinf(logits), -1e30, logits).T, "float32")
-    ours, exact = run(hidden, matrix, jax.random.key(1))
+    ours, exact, _ = run(hidden, matrix, jax.random.key(1))
     np.testing.assert_array_equal(exact, [False, True, False])
     want = draw(matrix.T, jax.random.key(1), 1.0, 6)
     np.testing.assert_array_equal(ours.topk_ids, want.topk_ids)
     np.testing.assert_allclose(ours.topk_logp[:2], want.topk_logp[:2], rtol=1e-5, atol=1e-5)
     # the same without the row that fails takes no second pass
-    alone, exact = run(hidden[1:2], matrix, jax.random.key(1))
+    alone, exact, _ = run(hidden[1:2], matrix, jax.random.key(1))
     assert exact.all()
     np.testing.assert_array_equal(alone.topk_ids[0], want.topk_ids[1])
 
@@ -244,7 +244,7 @@ def test_streamed_frequencies(small_chunks):
     z[128:256] -= 12
     p = np.exp(z) / np.exp(z).sum()
     hidden, matrix = jnp.ones((draws, 1)), jnp.asarray(z[:, None], jnp.float32)
-    out, _ = jax.jit(lambda key: streamed(
+    out, *_ = jax.jit(lambda key: streamed(
         hidden, matrix, key, temperature=1.0, top_k_capture=1, bins=32
     ))(jax.random.key(5))  # fmt: skip
     counts = np.bincount(np.asarray(out.token), minlength=vocab)
@@ -256,8 +256,69 @@ def test_streamed_frequencies(small_chunks):
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
 
 
+STREAMED = [
+    (Filters(top_k=5), False),
+    (Filters(top_k=12, top_p=0.9, min_p=0.01), False),
+    (Filters(top_p=0.999), False),  # more than the candidates: the batch is mended
+    (Filters(top_p=0.9), True),
+    (Filters(top_k=6, top_p=0.8), True),
+]
+
+
+@pytest.mark.parametrize(("filters", "replay"), STREAMED, ids=str)
+def test_the_streamed_form_filters_as_the_plain_form(small_chunks, monkeypatch, filters, replay):
+    """What is recorded, and that only kept tokens are drawn; 24 bins of 4 for 300 columns."""
+    monkeypatch.setattr(streamed_sampler, "BINS", 24)
+    logits = np.random.default_rng(7).normal(size=(6, 300)).astype(np.float32) * 4
+    logits[4:] /= 8
+    options = dict(temperature=0.8, top_k_capture=8, filters=filters, replay=replay)
+    ours, want = (
+        jax.jit(lambda x, w, key, form=form: sample(x, w, key, form=form, **options))(
+            *head_of(logits), jax.random.key(3)
+        )
+        for form in ("streamed", "plain")
+    )
+    z = logits / 0.8
+    kept = z >= np.asarray(threshold(jnp.asarray(z), filters))[:, None]
+    if replay:
+        kept &= z >= np.sort(z, axis=1)[:, -8, None]
+        np.testing.assert_array_equal(ours.kept_count, want.kept_count)
+        np.testing.assert_array_equal(ours.kept_count, kept.sum(axis=1))
+    logp = np.where(kept, z, -np.inf)
+    logp = np.asarray(jax.nn.log_softmax(logp))
+    token = np.asarray(ours.token)
+    np.testing.assert_allclose(ours.logp, logp[np.arange(6), token], rtol=1e-4, atol=1e-5)
+    assert kept[np.arange(6), token].all()
+    there = np.isfinite(want.topk_logp)
+    np.testing.assert_array_equal(np.isfinite(ours.topk_logp), there)
+    np.testing.assert_array_equal(ours.topk_ids[there], want.topk_ids[there])
+    np.testing.assert_allclose(ours.topk_logp[there], want.topk_logp[there], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ours.entropy, want.entropy, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_streamed_filtered_frequencies(small_chunks, replay):
+    """Chi-square of 5,000 draws from a nucleus that lies over two chunks."""
+    vocab, draws = 160, 5_000
+    z = np.random.default_rng(1).normal(size=vocab) * 2.5
+    hidden, matrix = jnp.ones((draws, 1)), jnp.asarray(z[:, None], jnp.float32)
+    out = jax.jit(lambda key: sample(
+        hidden, matrix, key, temperature=1.0, top_k_capture=16, filters=Filters(top_p=0.9),
+        replay=replay, form="streamed",
+    ))(jax.random.key(5))  # fmt: skip
+    kept, slack = kept64(z, Filters(top_p=0.9))
+    assert slack > 1e-4 and kept.sum() > 16
+    if replay:
+        kept &= z >= np.sort(z)[-16]
+    p = np.where(kept, np.exp(z), 0) / np.exp(z[kept]).sum()
+    counts = np.bincount(np.asarray(out.token), minlength=vocab)
+    assert (counts[~kept] == 0).all()
+    chi2 = ((counts - draws * p)[kept] ** 2 / (draws * p[kept])).sum()
+    assert chi2 < kept.sum() + 4 * (2 * kept.sum()) ** 0.5  # four standard deviations
+
+
 def test_the_form_is_chosen_by_platform_and_vocabulary(monkeypatch):
-    hidden, small = jnp.ones((2, 4)), jnp.ones((9, 4))
+    hidden = jnp.ones((2, 4))
     options = dict(temperature=1.0, top_k_capture=3)
 
     def loops(vocab, filters=Filters()):  # noqa: B008  frozen
@@ -269,19 +330,18 @@ def test_the_form_is_chosen_by_platform_and_vocabulary(monkeypatch):
 
     assert not loops(50_000)
     monkeypatch.setattr(tiles, "target", lambda: tiles.Target("tpu", "TPU v5e", True))
-    assert loops(50_000) and not loops(1024) and not loops(50_000, Filters(top_p=0.9))
-    with pytest.raises(ValueError, match="knows no filters"):
-        sample(
-            hidden, small, jax.random.key(0), filters=Filters(top_k=2), form="streamed", **options
-        )
+    assert loops(50_000) and not loops(1024) and loops(50_000, Filters(top_p=0.9))
 
 
-def test_the_streamed_form_never_holds_the_logits():
+@pytest.mark.parametrize("options", [{}, dict(filters=Filters(top_p=0.9), replay=True)], ids=str)
+def test_the_streamed_form_never_holds_the_logits(options):
     batch, vocab, width = 64, 151936, 32
     shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((batch, width), (vocab, width))]
 
     def head(x, w):
-        return streamed(x, w, jax.random.key(0), temperature=0.9, top_k_capture=20)
+        return sample(
+            x, w, jax.random.key(0), temperature=0.9, top_k_capture=20, form="streamed", **options
+        )
 
     compiled = jax.jit(head).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < batch * vocab * 4 / 2

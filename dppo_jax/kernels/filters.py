@@ -60,12 +60,17 @@ class RowFilters(NamedTuple):
         return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
 
 
-def threshold(logits: Float[Array, "B V"], filters: Filters | RowFilters) -> Float[Array, " B"]:
+def threshold(
+    logits: Float[Array, "B V"],
+    filters: Filters | RowFilters,
+    beyond: Float[Array, " B"] | float = 0.0,
+) -> Float[Array, " B"]:
     """The least logit that `filters` keep in each row; -inf where they keep all.
 
     `logits` are those that are sampled from, temperature applied, in float32. Masses are float32
     sums: a token whose inclusion depends on the seventh digit of a mass may fall on either side.
-    Of `RowFilters`, a kind that no row has on costs nothing.
+    Of `RowFilters`, a kind that no row has on costs nothing. Where `logits` are only the largest of
+    the vocabulary, `beyond` is what the others add to Σ e^(z - max z) without top-k.
     """
     largest = jnp.max(logits, axis=1)
     top_k, top_p, min_p = filters.top_k, filters.top_p, filters.min_p
@@ -80,7 +85,7 @@ def threshold(logits: Float[Array, "B V"], filters: Filters | RowFilters) -> Flo
     def nucleus() -> Array:
         mass = jnp.exp(logits - largest[:, None])
         mass = jnp.where(logits >= least[:, None], mass, 0.0)
-        enough = top_p * jnp.sum(mass, axis=1)
+        enough = top_p * (jnp.sum(mass, axis=1) + jnp.where(top_k > 0, 0.0, beyond))
         return _highest(
             lambda t: jnp.sum(jnp.where(logits >= t[:, None], mass, 0.0), axis=1) >= enough,
             largest,

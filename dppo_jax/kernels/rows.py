@@ -31,8 +31,12 @@ class RowSampling(NamedTuple):
     @property
     def plain(self) -> Bool[Array, " B"]:
         """Rows that are drawn from softmax(logits / temperature), the policy that is scored."""
-        changed = (self.repetition_penalty != 1) | jnp.any(self.bias != 0, axis=1)
-        return ~(self.filters.on | changed)
+        return ~(self.filters.on | self.changed)
+
+    @property
+    def changed(self) -> Bool[Array, " B"]:
+        """Rows whose logits are changed before anything is drawn."""
+        return (self.repetition_penalty != 1) | jnp.any(self.bias != 0, axis=1)
 
 
 def row_keys(rows: RowSampling, position: Int[Array, " B"]) -> Array:

@@ -14,8 +14,14 @@ largest logit that no bin kept is remembered too: where the K-th candidate excee
 exactly the most likely. `exact` says so for each row, and where one row fails, its batch takes a
 second pass that sorts (`lax.cond`). Where likely tokens are spread at random the chance of that is
 1e-4 a row at K = 64, 512 bins of 4, and less for smaller K.
+
+Filters: top-k, top-p and min-p are a threshold, which the candidates and the running sums give
+where it exceeds every logit that no bin kept; the draw is then among candidates, and `complete`
+tells the rows that must be drawn plainly. With replay at most the K most likely are kept, which are
+at hand.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,7 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dppo_jax.kernels.drawing import Drawn, inverse_cdf
+from dppo_jax.kernels.drawing import Drawn, inverse_cdf, uniforms
+from dppo_jax.kernels.filters import Filters, RowFilters, threshold
 from dppo_jax.kernels.xla import (
     LEAST_LOG_P,
     Transform,
@@ -53,6 +60,12 @@ class _State(NamedTuple):
     t: Float[Array, " B"]  # Σ (z-m) e^(z-m)
     draw: _Draw
     best: "_Candidates"
+
+
+class Streamed(NamedTuple):
+    drawn: Drawn
+    exact: Bool[Array, " B"]  # the candidates held the K most likely; `drawn` has them either way
+    complete: Bool[Array, " B"]  # and all that the filters keep; where not, `drawn` is not usable
 
 
 class _Candidates(NamedTuple):
@@ -91,9 +104,11 @@ class _Candidates(NamedTuple):
 
     def top(self, k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"], Bool[Array, " B"]]:
         """(logits, columns, exact) of the k largest; of equals, the earlier column first."""
-        logit, column = jnp.concatenate(self.logit, 1), jnp.concatenate(self.column, 1)
-        logit, column = largest(logit, column, k)
+        logit, column = largest(*self.all(), k)
         return logit, column, logit[:, -1] > jnp.max(self.dropped, axis=1)
+
+    def all(self) -> tuple[Float[Array, "B N"], Int[Array, "B N"]]:
+        return jnp.concatenate(self.logit, 1), jnp.concatenate(self.column, 1)
 
 
 def largest(
@@ -109,16 +124,20 @@ def streamed(
     unembedding: Float[Array, "V D"],
     key: Array,
     *,
-    temperature: float,
+    temperature: float | Float[Array, " B"],
     top_k_capture: int,
+    filters: Filters | RowFilters = Filters(),  # noqa: B008  frozen
     soft_cap: float | None = None,
-    bins: int = BINS,
-) -> tuple[Drawn, Bool[Array, " B"]]:
-    """`drawing.draw` without filters, and whether the candidates were exact in each row.
+    replay: bool = False,
+    raw_logp: bool = False,
+    bins: int | None = None,
+) -> Streamed:
+    """`drawing.draw`, and in which rows it could be done; `raw_logp` as `rows.draw_rows`.
 
-    The recorded top K is exact whether they were or not.
+    Of equals at the K-th place, replay with top-k and top-p counts the mass of those within the K.
     """
-    transform = Transform(temperature or 1.0, soft_cap)
+    greedy = temperature == 0
+    transform = Transform(1.0 if isinstance(temperature, Array) else temperature or 1.0, soft_cap)
     batch, vocabulary = len(hidden), len(unembedding)
     columns = even_columns(vocabulary, COLUMNS)
     depth = 4 if top_k_capture <= 64 else 6
@@ -126,7 +145,20 @@ def streamed(
     def logits(index) -> tuple[Array, int | Array]:
         chunk = chunk_at(unembedding, index, columns)
         z = logits_of(contract(hidden, chunk.rows, 1, 1, jnp.float32), transform)
+        if isinstance(temperature, Array):
+            z /= jnp.where(greedy, 1.0, temperature)[:, None]
         return (z if chunk.fresh is None else jnp.where(chunk.fresh, z, -jnp.inf)), chunk.start
+
+    def drawn_within(z, e, before, here, best_so_far, index) -> tuple[Array, Array]:
+        """A column of the chunk, and whether it replaces the token so far."""
+        within, across = _keys(key, index)
+        coarse, fine = uniforms(across, batch)
+        # the second number resolves what is less likely than the first one's steps, 2^-23
+        replace = (before == 0) | ((coarse + 2.0**-23 * fine) * (before + here) < here)
+        return inverse_cdf(e, within), replace
+
+    def most_likely(z, e, before, here, best_so_far, index) -> tuple[Array, Array]:
+        return jnp.argmax(z, axis=1).astype(jnp.int32), z.max(axis=1) > best_so_far
 
     def step(index, state: _State) -> _State:
         z, start = logits(index)
@@ -136,15 +168,9 @@ def streamed(
         before, here = scale * state.s, e.sum(axis=1)
         u = jnp.maximum(z - m[:, None], LEAST_LOG_P)
         t = scale * (state.t + (state.m - m) * state.s) + (u * jnp.exp(u)).sum(axis=1)
-        if temperature:
-            within, across = jax.random.split(jax.random.fold_in(key, index))
-            at = inverse_cdf(e, within)
-            coarse, fine = jax.random.uniform(across, (2, batch))
-            # the second number resolves what is less likely than the first one's steps, 2^-23
-            replace = (before == 0) | ((coarse + 2.0**-23 * fine) * (before + here) < here)
-        else:
-            at = jnp.argmax(z, axis=1).astype(jnp.int32)
-            replace = z.max(axis=1) > state.draw.logit
+        at, replace = _by_row(greedy, most_likely, drawn_within)(
+            z, e, before, here, state.draw.logit, index
+        )
         found = _Draw(start + at, jnp.take_along_axis(z, at[:, None], axis=1)[:, 0])
         kept = _Draw(
             *(jnp.where(replace, new, old) for new, old in zip(found, state.draw, strict=True))
@@ -157,7 +183,7 @@ def streamed(
         zero,
         zero,
         _Draw(jnp.zeros((batch,), jnp.int32), zero - jnp.inf),
-        _Candidates.none(batch, bins, depth),
+        _Candidates.none(batch, bins or BINS, depth),
     )
     state = over_chunks(step, state, vocabulary, columns)
 
@@ -183,4 +209,92 @@ def streamed(
     # z - m first: m + log s would round away the digits of log s where |z| is large
     logp = state.draw.logit - state.m - log_s
     topk_logp = logit - state.m[:, None] - log_s[:, None]
-    return Drawn(state.draw.token, logp, column, topk_logp, log_s - state.t / state.s), exact
+    whole = Drawn(state.draw.token, logp, column, topk_logp, log_s - state.t / state.s)
+    if raw_logp:
+        whole = whole._replace(raw_logp=logp)
+    if replay:
+        whole = whole._replace(kept_count=jnp.zeros((batch,), jnp.int32))
+    everywhere = jnp.ones((batch,), bool)
+    if isinstance(filters, Filters) and not filters.on:
+        return Streamed(whole, exact, everywhere)
+
+    def truncated() -> tuple[Drawn, Array]:
+        listed, ids = (logit, column) if replay else state.best.all()
+        relative = listed - state.m[:, None]
+        beyond = jnp.maximum(state.s - jnp.exp(relative).sum(axis=1), 0.0)
+        least = threshold(listed, filters, beyond)
+        inside = listed >= least[:, None]
+        e = jnp.where(inside, jnp.exp(relative), 0.0)
+        s = e.sum(axis=1)
+        log_kept = jnp.log(s)
+
+        def drawn_from_list() -> tuple[Array, Array]:
+            # a key that no chunk had
+            at = inverse_cdf(e, _keys(key, -(-vocabulary // columns))[0])
+            rows = jnp.arange(batch)
+            return ids[rows, at], relative[rows, at]
+
+        first = column[:, 0], logit[:, 0] - state.m
+        token, z = _by_row(greedy, lambda: first, drawn_from_list)()
+        if replay:
+            complete = everywhere & (filters.top_k <= top_k_capture)
+        else:
+            complete = (least > jnp.max(state.best.dropped, axis=1)) & (
+                filters.top_k < listed.shape[1]
+            )
+        recorded = logit >= least[:, None]
+        top = jnp.where(recorded, logit - state.m[:, None] - log_kept[:, None], -jnp.inf)
+        kept = jnp.sum(recorded, axis=1, dtype=jnp.int32)
+        within = jnp.where(inside, e * relative, 0.0).sum(axis=1)
+        drawn = Drawn(
+            token,
+            z - log_kept,
+            column,
+            top,
+            log_kept - within / s,
+            raw_logp=z - log_s if raw_logp else None,
+            kept_count=kept if replay else None,
+        )
+        return drawn, complete
+
+    if isinstance(filters, Filters):
+        drawn, complete = truncated()
+        return Streamed(drawn, exact, complete)
+
+    def by_rows() -> tuple[Drawn, Array]:
+        drawn, complete = truncated()
+        return rows_of(filters.on, drawn, whole), complete | ~filters.on
+
+    drawn, complete = lax.cond(jnp.any(filters.on), by_rows, lambda: (whole, everywhere))
+    return Streamed(drawn, exact, complete)
+
+
+def rows_of(where: Bool[Array, " B"], these: Drawn, those: Drawn) -> Drawn:
+    """`these` in the rows that say so, `those` in the others."""
+
+    def choose(this, that):
+        return jnp.where(where.reshape(-1, *(1,) * (this.ndim - 1)), this, that)
+
+    return jax.tree.map(choose, these, those)
+
+
+def _by_row(where: bool | Bool[Array, " B"], this: Callable, that: Callable) -> Callable:
+    """`this` or `that`; where it differs by row, both, and each row's own."""
+    if not isinstance(where, Array):
+        return this if where else that
+
+    def choose(*arguments):
+        both = this(*arguments), that(*arguments)
+        return jax.tree.map(lambda a, b: jnp.where(where, a, b), *both)
+
+    return choose
+
+
+def _keys(key: Array, index: int | Array) -> tuple[Array, Array]:
+    """Two keys of a chunk, or two a row."""
+
+    def two(key):
+        return jax.random.split(jax.random.fold_in(key, index))
+
+    both = jax.vmap(two, out_axes=1)(key) if key.ndim else two(key)
+    return both[0], both[1]

@@ -23,10 +23,15 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dppo_jax.kernels.divergences import Policy, divergences
 from dppo_jax.kernels.plan import CHIPS
+from dppo_jax.kernels.filters import Filters
 from dppo_jax.kernels.sampler import sample
 
-def sampler(x, w, key):
-    return sample(x, w, jax.random.wrap_key_data(key), temperature=0.7, top_k_capture=20)
+def sampler(x, w, key, **options):
+    key = jax.random.wrap_key_data(key)
+    return sample(x, w, key, temperature=0.7, top_k_capture=20, **options)
+
+def replayed(x, w, key):
+    return sampler(x, w, key, filters=Filters(top_p=0.9), replay=True)
 
 def exact(x, w, y, v):
     return divergences(Policy(x, w), Policy(y, v))
@@ -40,6 +45,7 @@ def array(*shape, dtype="bfloat16"):
 matrix = array(vocabulary, width)
 programs = {
     "sampler": (sampler, (array(batch, width), matrix, array(2, dtype="uint32"))),
+    "replayed": (replayed, (array(batch, width), matrix, array(2, dtype="uint32"))),
     "exact": (exact, (array(tokens, width), matrix) * 2),
 }
 with jax.set_mesh(mesh):
@@ -67,8 +73,9 @@ def test_neither_holds_the_logits():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    sampler, exact = rows
+    sampler, replayed, exact = rows
     print(*rows, sep="\n")
-    assert sampler["streamed"], "the form is not chosen for a TPU"
-    assert sampler["temporary"] < 0.5 * batch * vocabulary * 4
+    for form in (sampler, replayed):
+        assert form["streamed"], "the form is not chosen for a TPU"
+        assert form["temporary"] < 0.5 * batch * vocabulary * 4
     assert exact["temporary"] < 0.1 * tokens * vocabulary * 4
