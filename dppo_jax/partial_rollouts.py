@@ -102,7 +102,7 @@ class PartialCollector:
         self, params: Params, key: jax.Array, clock: Stopwatch, *, version: int
     ) -> Collected:
         """A batch for the step after `version` steps; leaves the prompts at the step's end."""
-        engine = self.source.engine(params, self.asking.sampling.top_k_capture)
+        engine = self.source.engine(params, self.asking.sampling)
         new = self._new_groups()
         self._sample(engine, params, key, new, version)
         done = [group for group in self._flight if group.complete][: self.asking.prompts_per_step]

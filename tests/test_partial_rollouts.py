@@ -72,7 +72,7 @@ def rows(step):
 def test_a_carried_sample_is_the_one_that_would_have_been(collected, source, tiny):
     """The same tokens as if nobody had interrupted it, though steps of other requests passed."""
     steps, flight, _ = collected
-    engine = source.engine(tiny[1], 2)
+    engine = source.engine(tiny[1], SETTINGS)
     expected, stream = {}, iter(collector(source)[1].take(24).examples)
     for number, step in enumerate(steps):
         for place in range(int(step.numbers["prompts/consumed"])):

@@ -162,14 +162,18 @@ def test_the_engine_trains_and_a_divided_step_is_the_whole_one(dppo, continuous,
         )
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--gin.engine.EngineConfig.max_context=13", "max_context=13 is less than max_prompt_tok"),
-        ("--gin.generate.SamplingConfig.top_k=3", "does not record the sets that top_k"),
-    ],
-)
-def test_what_the_engine_cannot_do_is_said_at_once(dppo, continuous, tmp_path, flag, message):
+def test_the_engine_replays_what_it_truncated(dppo, continuous, tmp_path):
+    done = dppo(
+        "train", continuous / "continuous.gin", "--workdir", tmp_path / "run", "--gin.STEPS=1",
+        "--gin.generate.SamplingConfig.top_p=0.7",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    (line,) = numbers(tmp_path / "run")
+    assert line["mismatch/logp_abs_max"] < 1e-4 and 1 <= line["truncation/kept"] <= 4
+
+
+def test_what_the_engine_cannot_do_is_said_at_once(dppo, continuous, tmp_path):
+    flag, message = "--gin.engine.EngineConfig.max_context=13", "max_context=13 is less than max_p"
     done = dppo("train", continuous / "continuous.gin", "--workdir", tmp_path / "run", flag)
     assert done.status == 2 and message in done.err and done.err.count("\n") == 1
     assert not (tmp_path / "run").exists()

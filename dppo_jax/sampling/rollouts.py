@@ -93,11 +93,6 @@ class Continuous:
     def __init__(self, context: RolloutContext, config: EngineConfig):
         if jax.process_count() > 1:
             raise ValueError("continuous() samples in one process: bind rollouts = @Lockstep")
-        if context.settings.replays:
-            raise ValueError(
-                "the engine does not record the sets that top_k, top_p and min_p keep: leave these "
-                "off in training, or bind rollouts = @Lockstep"
-            )
         if context.settings.record_experts:
             raise ValueError(
                 "the engine does not record experts: set routing to 'native' or 'replay_trainer', "
@@ -110,18 +105,22 @@ class Continuous:
                 f"max_new_tokens = {longest}: set it to that or more"
             )
         self._context, self._config = context, config
-        self._engines: dict[int, Engine] = {}
+        self._engines: dict[tuple, Engine] = {}
 
-    def engine(self, params: Params, top_k: int) -> Engine:
-        """The engine that records so many tokens, compiled when it is first asked for."""
-        if top_k not in self._engines:
+    def engine(self, params: Params, settings: SamplingConfig) -> Engine:
+        """The engine for these settings, compiled when it is first needed."""
+        asked = settings.top_k_capture, settings.replays, settings.dtype
+        if asked not in self._engines:
+            model = self._context.model
+            if settings.dtype is not None:
+                model = model.in_dtype(settings.dtype)
             mesh = self._context.mesh if self._context.mesh.size > 1 else None
-            config = dataclasses.replace(self._config, top_k_capture=top_k)
-            self._engines[top_k] = Engine(
-                self._context.model, config, mesh, self._context.tokenizer.decode
+            config = dataclasses.replace(
+                self._config, top_k_capture=settings.top_k_capture, replay=settings.replays
             )
-            self._engines[top_k].warm_up(params)
-        return self._engines[top_k]
+            self._engines[asked] = Engine(model, config, mesh, self._context.tokenizer.decode)
+            self._engines[asked].warm_up(params)
+        return self._engines[asked]
 
     def rollout(
         self,
@@ -137,7 +136,7 @@ class Continuous:
         mesh = self._context.mesh
         asked = prompt_ids(prompts, mesh)
         sampling = [request_of(settings, key, first + place) for place in range(len(asked))]
-        engine = self.engine(params, settings.top_k_capture)
+        engine = self.engine(params, settings)
         groups = engine.generate(params, asked, sampling, policy_version=version)
         return from_completions(prompts, [c for group in groups for c in group], settings, mesh)
 
@@ -189,6 +188,7 @@ def from_completions(
         return np.zeros((batch, length, *shape), kind)
 
     mask, tokens, version = room(np.bool_), room(np.int32), room(np.int32)
+    kept = room(np.int32) if settings.replays else None
     logp, entropy = room(np.float32), room(np.float32)
     topk_ids, topk_logp = room(np.int32, k), room(np.float32, k)
     for row, completion in enumerate(completions):
@@ -207,6 +207,13 @@ def from_completions(
         topk_ids[row, :count] = completion.topk_ids
         topk_logp[row, :count] = completion.topk_logp
         version[row, :count] = completion.policy_version
+        if kept is not None:
+            if completion.kept_count is None:
+                raise ValueError(
+                    "the sampler does not record the sets that top_k, top_p and min_p keep: leave "
+                    "these off in training, or bind rollouts = @Lockstep"
+                )
+            kept[row, :count] = completion.kept_count
     reason = np.array([completion.finish_reason for completion in completions], np.int32)
     sampled = dict(
         response_tokens=tokens,
@@ -217,5 +224,6 @@ def from_completions(
         entropy_rollout=entropy,
         finish_reason=reason,
         policy_version=version,
+        kept_count=kept,
     )
     return Rollout(prompts.tokens, prompts.mask, **to_global_rows(sampled, rows))
