@@ -29,6 +29,7 @@ from dppo_jax.prompts.examples import Example
 from dppo_jax.prompts.pipeline import PromptBatch, PromptIterator
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Prompts, Rollout
+from dppo_jax.reward_model import Scorer
 from dppo_jax.rewards.verdicts import Verifier
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sampling.rollouts import RolloutSource
@@ -69,6 +70,11 @@ class Asking(NamedTuple):
     verifier: Verifier
     sampling: SamplingConfig
     prompts_per_step: int
+    scorer: Scorer | None = None
+
+    def scored(self, answers: Answers, examples: Sequence[Example]) -> Answers:
+        """The answers with the reward model's word on them, where there is one."""
+        return answers if self.scorer is None else self.scorer(answers, examples)
 
 
 class Collected(NamedTuple):
@@ -197,7 +203,7 @@ class Collector:
         verdicts += [self._grade(*waiting) for waiting in sampled[len(verdicts) :]]
         parts = []
         for (batch, rollout), wait in zip(sampled, verdicts, strict=True):
-            answers = wait()
+            answers = self._asking.scored(wait(), batch.examples)
             graded = everyones(answers, self._asking.sampling.samples_per_prompt, self._share)
             own = graded.rewards[self._share.index]
             rewards = everywhere(to_global_rows(own, batch_sharding(self._asking.mesh)))

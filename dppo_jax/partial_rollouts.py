@@ -110,6 +110,7 @@ class PartialCollector:
         clock.lap("sampling")
         answers = together([group.answers() for group in done if group.answers])
         examples = [group.example for group in done]
+        answers = self.asking.scored(answers, examples)
         completions = [c for group in done for c in group.samples if isinstance(c, Completion)]
         prompts = prompts_of(self.prompts.collate(examples), self.asking.mesh)
         rollout = from_completions(prompts, completions, self.asking.sampling, self.asking.mesh)

@@ -47,6 +47,7 @@ from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
 from dppo_jax.prompts.pipeline import PromptIterator, TooLong
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Objective, TrainState
+from dppo_jax.reward_model import RewardModel, Scorer
 from dppo_jax.rewards.verdicts import Verifier, check_examples
 from dppo_jax.rollout_policy import RolloutPolicy, current
 from dppo_jax.sampling.generate import SamplingConfig
@@ -77,6 +78,7 @@ def train(
     overlap: overlaps.Policy = "warn",
     minibatches: int = 1,
     microbatches: int = 1,
+    reward_model: RewardModel | None = None,
     advantage: Estimator = group_mean_baseline,
     reward_penalty: RewardPenalty | None = None,
     reference: InitialPolicy | None = None,
@@ -106,7 +108,8 @@ def train(
     takes `minibatches` gradient steps over them, each accumulated over `microbatches`. `rollouts`
     makes what samples; it is asked in `rollout_batches` parts, each graded while the next is
     sampled, and with `dynamic_sampling` for more prompts where groups have no spread; with
-    `partial_rollouts` what is unfinished goes on in the next step. A `workdir` that holds a run is
+    `partial_rollouts` what is unfinished goes on in the next step. A `reward_model` judges the
+    training answers beside the verifier, those of no evaluation. A `workdir` that holds a run is
     resumed at its newest checkpoint. Evaluation over `eval_sets` (where None:
     the first `eval_prompts` of the data set's `eval_split`) happens before, every `eval_every`
     steps (0: never) and after. Problems that they share with training are told, or refused.
@@ -170,7 +173,8 @@ def train(
         too_long=too_long,
         curriculum=curriculum,
     )
-    asking = Asking(devices, tokenizer, verifier, recording, prompts_per_step)
+    scorer = None if reward_model is None else Scorer(reward_model, devices)
+    asking = Asking(devices, tokenizer, verifier, recording, prompts_per_step, scorer)
     collect: Collector | PartialCollector
     if partial_rollouts is None:
         collect = Collector(source, prompts, asking, rollout_batches, dynamic_sampling)

@@ -6,7 +6,7 @@ expert), and matrices are [out, in].
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,16 +124,20 @@ def _same(one: Stored, other: Stored) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def read_params(folder: str | Path, model: Model, shardings: Any) -> Params:
+def read_params(
+    folder: str | Path, model: Model, shardings: Any, *, beside: Sequence[str] = ()
+) -> Params:
     """The folder's weights as float32 parameters, each born in its shards.
 
     Tensor by tensor: a process reads the slices that its devices hold from the mapped file and
     moves them to the devices as they are stored; the device transposes and widens them into the
     parameter. Beside the parameters, memory holds one tensor. `shardings` is the tree of
-    `model.abstract_params`. Raises ValueError, in one line, before anything is read.
+    `model.abstract_params`; tensors called as in `beside` are somebody else's. Raises ValueError,
+    in one line, before anything is read.
     """
     folder = Path(folder).expanduser()
-    found, leaves = stored_tensors(folder), leaves_of(model)
+    stored, leaves = stored_tensors(folder), leaves_of(model)
+    found = {name: tensor for name, tensor in stored.items() if name not in beside}
     check_tensors(found, leaves, model.config.tied_embeddings, folder)
     params: Params = {}
     for leaf in leaves:
