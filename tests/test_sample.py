@@ -7,6 +7,7 @@ import jax
 import pytest
 from test_streaming import by_bytes  # noqa: F401  a fixture
 
+from dppo_jax.console import SHADES, Console
 from dppo_jax.conversation import Sample
 from dppo_jax.hf_exchange import write_folder
 from dppo_jax.models.config import DecoderConfig
@@ -52,7 +53,6 @@ def test_a_run_a_recipe_and_a_folder_answer(dppo, toy_recipe, run, folder):
         done = dppo(*asked)
         assert done.status == 0 and done.out.count("\n") == 1 and not done.err, done.err
         found[name] = json.loads(done.out)
-        assert json.loads(dppo(*asked).out)["samples"] == found[name]["samples"]
         assert found[name]["prompt"] == "12*34=" and len(found[name]["samples"]) == 3
         for sample in found[name]["samples"]:
             assert 1 <= sample["tokens"] == len(sample["token_ids"]) <= 6
@@ -61,28 +61,42 @@ def test_a_run_a_recipe_and_a_folder_answer(dppo, toy_recipe, run, folder):
             assert ended or sample["tokens"] == 6
         assert found[name]["tokens"] == sum(s["tokens"] for s in found[name]["samples"])
         assert found[name]["tokens_per_second"] > 0
+    again = json.loads(dppo(*asked).out)
+    assert again["samples"] == found["folder"]["samples"]
     assert found["run"]["samples"] != found["recipe"]["samples"]  # one step was trained
     assert len({sample["text"] for sample in found["run"]["samples"]}) > 1
 
 
 def test_what_people_see(dppo, run):
-    shown = dppo("sample", run, *ASK, "-n", 2, "--seed", 5)
+    shown = dppo("sample", run, *ASK, "-n", 2, "--seed", 5, "--logprobs")
     answers = json.loads(dppo("sample", run, *ASK, "-n", 2, "--seed", 5, "--json").out)
     first, second = (sample["text"] for sample in answers["samples"])
     assert shown.out.startswith(f"answer 1 of 2\n{first}\nanswer 2 of 2\n{second}\n")
-    assert f"{answers['tokens']} tokens in " in shown.out and "tokens/s" in shown.out
-    coloured = dppo("sample", run, *ASK, "--logprobs")
-    assert "probability   0.9 or more  0.5 or more  0.1 or more  less" in coloured.out
-    assert "answer" not in coloured.out
+    assert (
+        "0.5 or more" in shown.out
+        and f"{answers['tokens']} tokens in " in shown.out
+        and "tokens/s" in shown.out
+    )
+
+
+def test_pieces_are_coloured_by_probability(capsys):
+    console = Console()
+    console.answer(0, 1)
+    console.pieces([("so", -0.01), ("me", math.log(0.4)), ("[b]", -9.0)], coloured=True)
+    console.legend()
+    shown = capsys.readouterr().out
+    assert shown == "some[b]\n\nprobability   0.9 or more  0.5 or more  0.1 or more  less "
+    styles = [next(style for least, style in SHADES if p >= least) for p in (0.95, 0.4, 1e-4)]
+    assert styles == ["green", "dark_orange", "bold red"]
 
 
 def test_stop_strings_and_greedy(dppo, folder):
     asked = ("sample", folder, "--prompt", "hello", "--temperature", 0, "--json")
     (plain,) = json.loads(dppo(*asked, "--max-new-tokens", 6).out)["samples"]
-    (again,) = json.loads(dppo(*asked, "--max-new-tokens", 6, "--seed", 9).out)["samples"]
-    assert plain == again and plain["tokens"] == 6
+    assert plain["tokens"] == 6
     readable = [c for c in plain["text"] if c.isascii()] or ["\ufffd"]
-    (cut,) = json.loads(dppo(*asked, "--max-new-tokens", 6, "--stop", readable[0]).out)["samples"]
+    more = ("--max-new-tokens", 6, "--stop", readable[0], "--seed", 9)
+    (cut,) = json.loads(dppo(*asked, *more).out)["samples"]
     assert cut["finish_reason"] == "stop" and plain["text"].startswith(cut["text"])
     assert cut["text"].endswith(readable[0]) and cut["tokens"] < 6
 
