@@ -62,7 +62,8 @@ def cluster_of(options: argparse.Namespace) -> Cluster | None:
 
 
 def start_jax(options: argparse.Namespace | None = None) -> None:
-    """Keeps compiled programs for the next call and, on a CPU, freed memory for the next step.
+    """Sets what the compiler should know of the platform, and keeps compiled programs for the next
+    call and, on a CPU, freed memory for the next step.
 
     Joins the other processes where `options` tell of some.
     """
@@ -71,6 +72,9 @@ def start_jax(options: argparse.Namespace | None = None) -> None:
         from dppo_jax.allocator import keep_freed_memory
 
         keep_freed_memory()
+    from dppo_jax import platform_flags
+
+    platform_flags.apply(platform_flags.here(os.environ), os.environ)
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
