@@ -173,3 +173,59 @@ def test_a_plan_for_gpus_by_the_verb():
     )
     assert plan["step_seconds"] == pytest.approx(step)
     assert plan["cost"]["run"] == pytest.approx(140 * 2 * 3.6 * step / 3600)
+
+
+# A process of its own: the tests' checks of records refuse shapes in the place of arrays.
+TRIED = """
+import dataclasses, json
+from dppo_jax.config import load_recipe
+from dppo_jax.plan import topology
+from dppo_jax.plan.programs import Settings
+from dppo_jax.plan.scaling import spread
+from dppo_jax.plan.step_plan import plan_step
+from dppo_jax.plan.suggest import suggestions
+from dppo_jax.train import train
+
+overrides = ["PROMPTS_PER_STEP=16", "MAX_NEW_TOKENS=16", "MAX_PROMPT_TOKENS=8", "MINIBATCHES=2"]
+overrides += ["decoder.DecoderConfig.layers=2"]
+path = "configs/recipes/arithmetic_cpu.gin"
+recipe = load_recipe(path, train, overrides, ("workdir", "console", "configuration"))
+settings = Settings(**recipe.arguments(*Settings.names()))
+card = topology.parse("h100:1")
+needed = plan_step(settings, card, ("update",)).programs[0].total
+small = dataclasses.replace(card, chip=card.chip._replace(hbm_bytes=0.5 * needed))
+plan = plan_step(settings, small, ("update",))
+found = [vars(each) | {"said": str(each)} for each in suggestions(plan)]
+spreads = {chips: spread(settings, chips) for chips in (2, 8, 32)}
+try:
+    spread(settings, 3)
+except ValueError as error:
+    refused = str(error)
+sizes = {n: (s.microbatches, s.mesh.fsdp, s.mesh.sequence) for n, s in spreads.items()}
+print(json.dumps(dict(needed=needed, fits=plan.fits, found=found, sizes=sizes, refused=refused)))
+"""
+
+
+def test_changes_are_compiled_before_they_are_told():
+    """A card with half of the memory that the update needs; the step on more and more chips."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRIED],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    tried = json.loads(done.stdout)
+    assert tried["found"] and not tried["fits"]
+    for each in tried["found"]:
+        program = each["programs"]["update"]
+        assert program["after"] < program["before"] == tried["needed"]
+        assert each["fits"] == (program["after"] <= 0.5 * tried["needed"])
+        assert each["change"] in each["said"] and each["change"].startswith("--gin.")
+    halved = next(each for each in tried["found"] if "microbatches=2" in each["change"])
+    assert halved["programs"]["update"]["after"] < 0.8 * tried["needed"]
+    # 8 prompts a gradient step: microbatches, fsdp, sequence.
+    assert tried["sizes"] == {"2": [4, 2, 1], "8": [1, 8, 1], "32": [1, 8, 4]}
+    assert "3 chips do not take 8 prompts" in tried["refused"]

@@ -9,7 +9,7 @@ import jax
 
 from dppo_jax.kernels.chips import Chip
 from dppo_jax.plan.hlo import Costs, costs_of
-from dppo_jax.plan.programs import Program
+from dppo_jax.plan.programs import Program, bytes_of
 from dppo_jax.plan.topology import Topology
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -94,6 +94,8 @@ def compile_program(program: Program, topology: Topology) -> Compiled:
     memory = compiled.memory_analysis()
     assert memory is not None, "every backend that JAX ships reports a program's memory"
     result.arguments = float(memory.argument_size_in_bytes)
+    # Arguments that it does not use are not handed to it, but live.
+    result.resident += max(0.0, bytes_of(program.arguments) - result.arguments)
     result.temporaries = float(memory.temp_size_in_bytes)
     result.output = float(memory.output_size_in_bytes - memory.alias_size_in_bytes)
     result.code = float(memory.generated_code_size_in_bytes)

@@ -20,8 +20,10 @@ from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
 from dppo_jax.critic import Critic, ValueModel
 from dppo_jax.initial_policy import InitialPolicy
 from dppo_jax.kernels.single_pass import chunk_tokens
-from dppo_jax.models.decoder import DecoderConfig, Model
-from dppo_jax.preflight import check_layout
+from dppo_jax.lora_run import network_of
+from dppo_jax.models.decoder import DecoderConfig
+from dppo_jax.models.lora import LoraConfig, LoraModel
+from dppo_jax.preflight import check_layout, check_routing
 from dppo_jax.records import Objective, Prompts, Rollout, TrainState
 from dppo_jax.rollout_policy import RolloutPolicy
 from dppo_jax.sampling import generate
@@ -43,16 +45,19 @@ class Settings:
     reward_penalty: RewardPenalty | None
     reference: InitialPolicy | None
     critic: ValueModel | None
+    lora: LoraConfig | None
+    routing: str
     steps: int
     prompts_per_step: int
     max_prompt_tokens: int
     minibatches: int
     microbatches: int
     exact_divergence_every: int
+    rollout_batches: int = 1
 
     @classmethod
     def names(cls) -> list[str]:
-        return [field.name for field in dataclasses.fields(cls)]
+        return [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
 
     @property
     def sequences(self) -> int:
@@ -79,10 +84,11 @@ class Program:
 
 
 def bytes_of(tree: Any) -> float:
-    """Bytes a device of ShapeDtypeStructs with shardings."""
+    """Bytes a device of the ShapeDtypeStructs in a pytree, all with shardings."""
     return sum(
         float(math.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
     )
 
 
@@ -107,23 +113,36 @@ class Step:
     def __init__(self, settings: Settings, mesh: Mesh):
         s = settings
         # No tokenizer is read; that a response may end is what the decoding loop depends on.
-        sampling = dataclasses.replace(s.sampling, end_ids=s.sampling.end_ids or (0,))
+        check_routing(s.model, s.routing)
+        sampling = dataclasses.replace(
+            s.sampling,
+            end_ids=s.sampling.end_ids or (0,),
+            record_experts=s.routing == "replay",
+        )
         self.settings, self.mesh = dataclasses.replace(s, sampling=sampling), mesh
         check_layout(
             s.model, sampling, mesh, s.steps, s.prompts_per_step, s.minibatches, s.microbatches,
             s.max_prompt_tokens,
         )  # fmt: skip
-        self.model = Model(s.model)
+        self.model = network_of(s.model, s.lora)
         self.critic = None if s.critic is None else Critic(s.critic, s.model)
         self.needs = needs_of(s.objective, s.advantage, s.reward_penalty)
         self.exact = "exact_divergence" in s.objective.needs
         self._whole, self._rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
         self._key = laid_out(jax.eval_shape(jax.random.key, 0), self._whole)
-        self.params = self._parameters(self.model.abstract_params, self.model.logical_axes)
+        whole = self._parameters(self.model.abstract_params, self.model.logical_axes)
+        # What a gradient step changes, and what stays as it is where only adapters change.
+        self.params, self.base = whole, None
+        if isinstance(self.model, LoraModel):
+            adapters = self.model.abstract_adapters, self.model.adapter_axes
+            self.params, self.base = self._parameters(*adapters), whole
+        self.policy = self.model.policy(self.params, self.base)
         self.state = self._state()
         self.sampled_with = self._sampled_with()
-        # The frozen parameters that KL terms are measured from.
-        self.reference = self.params if "logp_ref" in self.needs else None
+        # The frozen parameters that KL terms are measured from, and what they take beside the base.
+        self.reference = whole if "logp_ref" in self.needs else None
+        shared = self.base is not None and s.reference is None
+        self._referred = 0.0 if shared else bytes_of(self.reference)
 
     def programs(self) -> list[Callable[[], Program]]:
         """In the order of a step."""
@@ -147,14 +166,14 @@ class Step:
 
     def _state(self) -> TrainState:
         s = self.settings
-        remembered = jax.eval_shape(s.rollout_policy.init, self.params)
+        remembered = jax.eval_shape(s.rollout_policy.init, self.policy)
         if jax.tree.leaves(remembered):  # as the compiler lays it out
-            compiled = jax.jit(s.rollout_policy.init).lower(self.params).compile()
+            compiled = jax.jit(s.rollout_policy.init).lower(self.policy).compile()
             remembered = laid_out(remembered, compiled.output_shardings)
         carried = jax.eval_shape(lambda: jax.tree.map(jnp.array, s.objective.initial_state))
         critic: Any = ()
         if s.critic is not None and self.critic is not None:
-            values = jax.eval_shape(self.critic.init, self._key, self.params)
+            values = jax.eval_shape(self.critic.init, self._key, self.base or self.params)
             values = self._parameters(values, self.critic.logical_axes)
             critic = self._state_of(values, s.critic.optimizer)
         return self._state_of(
@@ -168,44 +187,35 @@ class Step:
 
     def _choice(self) -> tuple[Any, ...]:
         step = self._array((), jnp.int32, self._whole)
-        return self.state.rollout_memory, self.params, step, self._key
+        return self.state.rollout_memory, self.policy, step, self._key
 
     def _sampled_with(self) -> Any:
         """The parameters to sample with: laid out as the trainer's where they have their form."""
         chosen, _ = jax.eval_shape(self.settings.rollout_policy.choose, *self._choice())
-        shapes = [jax.tree.map(lambda leaf: leaf.shape, params) for params in (chosen, self.params)]
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, params) for params in (chosen, self.policy)]
         if shapes[0] == shapes[1]:
             return jax.tree.map(
                 lambda leaf, param: self._array(leaf.shape, leaf.dtype, param.sharding),
                 chosen,
-                self.params,
+                self.policy,
             )
         compiled = jax.jit(self.settings.rollout_policy.choose).lower(*self._choice()).compile()
         return laid_out(chosen, compiled.output_shardings[0])
 
-    def rollout(self, prompts: int) -> Rollout:
-        """The rollout of so many prompts."""
-        s = self.settings.sampling
-        asked = (prompts, self.settings.max_prompt_tokens)
-        answered = (prompts * s.samples_per_prompt, s.max_new_tokens)
-        stored = (*answered, s.top_k_capture)
-        return Rollout(
-            prompt_tokens=self._array(asked, jnp.int32, self._rows),
-            prompt_mask=self._array(asked, jnp.bool_, self._rows),
-            response_tokens=self._array(answered, jnp.int32, self._rows),
-            response_mask=self._array(answered, jnp.bool_, self._rows),
-            logp_rollout=self._array(answered, jnp.float32, self._rows),
-            topk_ids=self._array(stored, jnp.int32, self._rows),
-            topk_logp_rollout=self._array(stored, jnp.float32, self._rows),
-            entropy_rollout=self._array(answered, jnp.float32, self._rows),
-            finish_reason=self._array(answered[:1], jnp.int32, self._rows),
+    def _rollout(self) -> Rollout:
+        """The rollout of a step, with all that the sampler records."""
+        sampling = self.settings.sampling
+        rollout = jax.eval_shape(
+            lambda *arrays: generate.generate(self.model, *arrays, settings=sampling),
+            *self._asked(self.settings.prompts_per_step)[1:],
         )
+        return laid_out(rollout, self._rows)
 
     @property
     def _kept(self) -> float:
         """Bytes a device of the copy of the parameters that sampled, where one is kept."""
         copied = self.exact or self.settings.exact_divergence_every > 0
-        return bytes_of(self.sampled_with) if copied else 0.0
+        return bytes_of(self.sampled_with) - bytes_of(self.base) if copied else 0.0
 
     @property
     def _while_sampling(self) -> float:
@@ -213,31 +223,42 @@ class Step:
         # Where the policy hands on what it was given, jit makes no copy.
         jaxpr = jax.make_jaxpr(self.settings.rollout_policy.choose)(*self._choice())
         own = set(map(id, jaxpr.jaxpr.outvars)) <= set(map(id, jaxpr.jaxpr.invars))
-        waiting = bytes_of(self.state) - (bytes_of(self.params) if own else 0.0)
-        return waiting + bytes_of(self.reference) + self._kept
+        trained = bytes_of(self.state) + bytes_of(self.base)
+        waiting = trained - (bytes_of(self.policy) if own else 0.0)
+        return waiting + self._referred + self._kept + bytes_of(self._rollout())
 
     def weight_sync(self) -> Program:
         """From the trainer's parameters to those to sample with."""
         given = self._choice()
-        waiting = bytes_of(self.state) - bytes_of(given[:2]) + bytes_of(self.reference)
+        waiting = bytes_of(self.state) + bytes_of(self.base) - bytes_of(given[:2]) + self._referred
         choose = jax.jit(self.settings.rollout_policy.choose, donate_argnums=0)
         return Program("weight sync", choose, given, waiting)
 
-    def _asked(self) -> tuple[Any, ...]:
-        rows = (self.settings.prompts_per_step, self.settings.max_prompt_tokens)
+    @property
+    def _at_once(self) -> int:
+        return self.settings.prompts_per_step // self.settings.rollout_batches
+
+    def _asked(self, prompts_at_once: int) -> tuple[Any, ...]:
+        rows = (prompts_at_once, self.settings.max_prompt_tokens)
         prompts = Prompts(
             self._array(rows, jnp.int32, self._rows), self._array(rows, jnp.bool_, self._rows)
         )
         return self.model, self.sampled_with, prompts, self._key
 
     def prefill(self) -> Program:
-        """All prompts of a step, and the first token of every sample."""
-        keywords = {"settings": self.settings.sampling}
-        return Program("prefill", generate.prefill, self._asked(), self._while_sampling, keywords)
+        """The prompts that are sampled at once, and the first token of every sample."""
+        return Program(
+            "prefill",
+            generate.prefill,
+            self._asked(self._at_once),
+            self._while_sampling,
+            {"settings": self.settings.sampling},
+            runs=self.settings.rollout_batches,
+        )
 
     def decode(self) -> Program:
         """The rest of every sample, all of it with the cache at its largest."""
-        sampling, given = self.settings.sampling, self._asked()
+        sampling, given = self.settings.sampling, self._asked(self._at_once)
         length = sampling.max_new_tokens
         progress = jax.eval_shape(
             lambda *arrays: generate.prefill(self.model, *arrays, settings=sampling), *given[1:]
@@ -268,12 +289,19 @@ class Step:
             record=jax.tree.map(lambda leaf: spread(leaf, None, "batch"), progress.record),
             mask=spread(progress.mask, None, "batch"),
         )
+        if progress.experts is not None:
+            asked, answered = progress.experts.prompt, progress.experts.response
+            experts = type(progress.experts)(
+                spread(asked, "batch"), spread(answered, None, "batch")
+            )
+            progress = progress._replace(experts=experts)
         return Program(
             "decode",
             generate.last_stage,
             (*given, progress),
             self._while_sampling,
             {"settings": sampling},
+            runs=self.settings.rollout_batches,
             loop_trips=max(1, length - 1),
             cache=bytes_of(full),
         )
@@ -287,15 +315,17 @@ class Step:
             s.reward_penalty,
             self.critic,
             temperature=s.sampling.temperature,
+            replay_own_routing=s.routing == "replay_trainer",
         )
         shape = (s.prompts_per_step, s.sampling.samples_per_prompt)
         rewards = self._array(shape, jnp.float32, self._rows)
-        return function, (self.state, self.reference, self.rollout(s.prompts_per_step), rewards)
+        return function, (self.state, self.reference, self._rollout(), rewards, self.base)
 
     def scoring(self) -> Program:
         """From the rollout and its rewards to the batch, the whole step's at once."""
         function, given = self._batch_of()
-        return Program("scoring", jax.jit(function), given, self._kept)
+        twice = self._referred - bytes_of(self.reference)  # a base that is the reference
+        return Program("scoring", jax.jit(function), given, self._kept + twice)
 
     def update(self) -> Program:
         """One gradient step."""
@@ -320,11 +350,11 @@ class Step:
         split = spec_of(("tokens",), self.mesh, "compute")
         local = math.prod(tokens) // s.microbatches
         (local,) = NamedSharding(self.mesh, split).shard_shape((local,))
-        waiting = bytes_of(whole) + bytes_of(self.reference)
+        waiting = bytes_of(whole) + self._referred
         return Program(
             "update",
             function,
-            (self.state, minibatch, *((self.sampled_with,) if self.exact else ())),
+            (self.state, minibatch, self.sampled_with if self.exact else None, self.base),
             waiting + (0.0 if self.exact else self._kept),
             runs=s.minibatches,
             # Chunks of the head's single pass, as many as there are when no token is left out.

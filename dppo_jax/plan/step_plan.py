@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from dppo_jax.kernels.chips import GIB
 from dppo_jax.plan.compiling import Compiled, compile_program
 from dppo_jax.plan.programs import Settings, Step
 from dppo_jax.plan.topology import Topology
@@ -80,8 +81,12 @@ def plan_step(
     for make in Step(settings, mesh).programs():
         name = make.__name__.replace("_", " ")
         if only is None or name in only:
-            report(f"compiling {name} for {topology.name}")
             program = make()  # without the mesh in force: optax makes an array or two
             with jax.set_mesh(mesh):
-                plan.programs.append(compile_program(program, topology))
+                compiled = compile_program(program, topology)
+            plan.programs.append(compiled)
+            report(
+                f"{topology.name} {name}: {compiled.total / GIB:.1f} of {compiled.hbm / GIB:.1f} "
+                f"GiB, compiled in {compiled.compile_seconds:.0f} s"
+            )
     return plan

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dppo_jax import platform_flags
 from dppo_jax.kernels.chips import CHIPS, ENVIRONMENT, GPUS, Chip
 
 # Slices that Google lists for each generation; libtpu takes more.
@@ -79,5 +80,7 @@ def prepare(topologies: Sequence[Topology]) -> None:
     if any(t.platform == "tpu" for t in topologies) and importlib.util.find_spec("libtpu") is None:
         raise ValueError("plans for TPUs need libtpu: pip install 'dppo-jax[plan]'")
     os.environ.update(ENVIRONMENT)
+    for kind in {t.name.partition(":")[0] for t in topologies if t.platform == "tpu"}:
+        platform_flags.apply(kind, os.environ)  # of several generations, those that are first
     cards = max((t.chips for t in topologies if t.platform == "gpu"), default=1)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={cards}"

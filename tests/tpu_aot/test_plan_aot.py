@@ -21,8 +21,9 @@ def dppo_plan(*options: str, status: int = 0) -> subprocess.CompletedProcess:
     """The arithmetic recipe's plan."""
     recipe = "configs/recipes/arithmetic_cpu.gin"
     done = subprocess.run(
-        [sys.executable, "-m", "dppo_jax", "plan", recipe, *options]
-        + [f"--gin.{override}" for override in TINY],
+        [sys.executable, "-m", "dppo_jax", "plan", recipe]
+        + [f"--gin.{override}" for override in TINY]
+        + list(options),
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
@@ -55,3 +56,18 @@ def test_every_program_of_a_step_compiles_for_a_tpu():
 def test_an_unknown_slice_lists_the_known_ones():
     done = dppo_plan("--topology", "v5p:3x3x3", status=2)
     assert "known of v5p: 2x2x1, 2x2x2" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_work_falls_with_the_number_of_chips():
+    """4 and 8 chips: as many prompts a gradient step, then half as many a chip."""
+    longer = ["MAX_NEW_TOKENS=64", "MAX_PROMPT_TOKENS=8", "MINIBATCHES=2"]
+    overrides = [f"--gin.{override}" for override in longer]
+    done = dppo_plan("--scaling", "v5e:2x2,v5e:2x4", "--json", *overrides)
+    rows = json.loads(done.stdout)["scaling"]
+    print(rows)
+    assert [(row["program"], row["chips"]) for row in rows] == [
+        (program, chips) for program in ("decode", "update") for chips in (4, 8)
+    ]
+    assert all(abs(row["flops_share"] - 1) < 0.1 for row in rows)
+    for four, eight in (rows[:2], rows[2:]):
+        assert eight["bytes"] < four["bytes"] and eight["sent"] < 2 * four["sent"]
