@@ -52,12 +52,12 @@ class Settings:
     max_prompt_tokens: int
     minibatches: int
     microbatches: int
+    rollout_batches: int
     exact_divergence_every: int
-    rollout_batches: int = 1
 
     @classmethod
     def names(cls) -> list[str]:
-        return [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        return [field.name for field in dataclasses.fields(cls)]
 
     @property
     def sequences(self) -> int:
@@ -122,7 +122,7 @@ class Step:
         self.settings, self.mesh = dataclasses.replace(s, sampling=sampling), mesh
         check_layout(
             s.model, sampling, mesh, s.steps, s.prompts_per_step, s.minibatches, s.microbatches,
-            s.max_prompt_tokens,
+            s.max_prompt_tokens, s.rollout_batches,
         )  # fmt: skip
         self.model = network_of(s.model, s.lora)
         self.critic = None if s.critic is None else Critic(s.critic, s.model)

@@ -82,6 +82,7 @@ def _plan_one(options: argparse.Namespace, settings: Any, topology: Any) -> None
     asked = " ".join(["dppo plan", options.recipe, "--topology", topology.name])
     asked += "".join(f" --over {' '.join(options.over)}" for _ in options.over[:1])
     asked += "".join(f" {override}" for override in options.overrides)
+    asked += f" --price {options.price:g}" if options.price is not None else ""
     _write(options, found, f"{asked}\n\n{text}")
     if not plan.fits:
         worst = max(plan.programs, key=lambda p: p.total)
