@@ -27,6 +27,7 @@ from dppo_jax.preflight import check_layout, check_routing
 from dppo_jax.records import Objective, Prompts, Rollout, TrainState
 from dppo_jax.rollout_policy import RolloutPolicy
 from dppo_jax.sampling import generate
+from dppo_jax.sampling.rollouts import MakeRollouts
 from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of, spec_of
 from dppo_jax.update import make_update
 
@@ -40,6 +41,7 @@ class Settings:
     objective: Objective
     optimizer: optax.GradientTransformation
     mesh: MeshConfig
+    rollouts: MakeRollouts
     rollout_policy: RolloutPolicy
     advantage: Estimator
     reward_penalty: RewardPenalty | None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dppo_jax.kernels.chips import GIB
 from dppo_jax.plan.compiling import Compiled
 from dppo_jax.plan.step_plan import StepPlan
+from dppo_jax.sampling.rollouts import Lockstep
 
 Cell = Callable[[Compiled], str]
 
@@ -100,6 +101,10 @@ def _step(plan: StepPlan, price: float | None) -> list[str]:
         "every response at its longest and every token decoded against the full cache; grading",
         "and the host are left out. Nothing was run.",
     ]
+    if s.rollouts is not Lockstep:
+        lines.append(
+            "The recipe samples by another source; prefill and decode are the lockstep sampler's."
+        )
     if plan.topology.platform == "gpu":
         lines.append(
             "Memory and work are an estimate by XLA's CPU compiler with as many devices: it widens "
