@@ -77,6 +77,8 @@ def _on_known_cluster(environment: Mapping[str, str]) -> bool:
         return True
     if "OMPI_MCA_orte_hnp_uri" in environment and several("OMPI_COMM_WORLD_SIZE"):
         return True
+    if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or several("MEGASCALE_NUM_SLICES"):
+        return True
     if environment.get("JAX_PLATFORMS", "").split(",")[0] in ("cpu", "cuda"):
         return False
     chips = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()

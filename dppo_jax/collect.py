@@ -161,6 +161,10 @@ class Collector:
         clock.lap("rewards")
         return Collected(rollout, on_devices, examples, answers, numbers)
 
+    def begins(self) -> dict[str, Any]:
+        """Where the prompts of the next step begin."""
+        return self._prompts.get_state()
+
     def carried(self) -> list[Any]:
         """What a checkpoint must hold beside the prompts' position: nothing."""
         return []

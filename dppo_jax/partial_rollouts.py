@@ -87,6 +87,10 @@ class PartialCollector:
     _flight: list[_Group] = field(default_factory=list, init=False)
     _again: list[Example] = field(default_factory=list, init=False)  # from before a resumption
 
+    def begins(self) -> dict[str, Any]:
+        """Where the prompts of the next step begin."""
+        return self.prompts.get_state()
+
     def carried(self) -> list[Any]:
         """The prompts in flight, for a checkpoint: what was drawn for them is not kept.
 

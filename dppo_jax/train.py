@@ -17,6 +17,7 @@ import optax
 
 from dppo_jax import lora_run
 from dppo_jax.advantages import Estimator, group_mean_baseline
+from dppo_jax.ahead import AheadCollector, Elsewhere, check_ahead, divide
 from dppo_jax.answers import log_samples
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
 from dppo_jax.checkpoint import Checkpoints, load_params, newest_step, save_params
@@ -49,7 +50,7 @@ from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Objective, TrainState
 from dppo_jax.reward_model import RewardModel, Scorer
 from dppo_jax.rewards.verdicts import Verifier, check_examples
-from dppo_jax.rollout_policy import RolloutPolicy, current
+from dppo_jax.rollout_policy import RolloutPolicy, chained, current, stale
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sampling.rollouts import Lockstep, MakeRollouts, RolloutContext
 from dppo_jax.sharding import MeshConfig
@@ -87,6 +88,8 @@ def train(
     rollouts: MakeRollouts = Lockstep,
     rollout_policy: RolloutPolicy = current(),  # noqa: B008  immutable
     routing: Literal["native", "replay", "replay_trainer"] = "native",
+    async_depth: int = 0,
+    sampler_devices: int = 0,
     rollout_batches: int = 1,
     dynamic_sampling: DynamicSampling | None = None,
     partial_rollouts: PartialRollouts | None = None,
@@ -108,8 +111,10 @@ def train(
     takes `minibatches` gradient steps over them, each accumulated over `microbatches`. `rollouts`
     makes what samples; it is asked in `rollout_batches` parts, each graded while the next is
     sampled, and with `dynamic_sampling` for more prompts where groups have no spread; with
-    `partial_rollouts` what is unfinished goes on in the next step. A `reward_model` judges the
-    training answers beside the verifier, those of no evaluation. A `workdir` that holds a run is
+    `partial_rollouts` what is unfinished goes on in the next step. With `async_depth` the next step
+    is sampled during this one by parameters so many steps old, with `sampler_devices` on so many
+    devices of its own. A `reward_model` judges the training answers beside the verifier, those of
+    no evaluation. A `workdir` that holds a run is
     resumed at its newest checkpoint. Evaluation over `eval_sets` (where None:
     the first `eval_prompts` of the data set's `eval_split`) happens before, every `eval_every`
     steps (0: never) and after. Problems that they share with training are told, or refused.
@@ -129,7 +134,8 @@ def train(
     compilations = CompilationCounter()
     directory = Path(workdir)
     network = lora_run.network_of(model, lora)
-    devices = mesh.build()
+    sampling_devices, training_devices = divide(jax.devices(), sampler_devices)
+    devices = mesh.build(training_devices)
     share = row_share(devices)
     sampling = dataclasses.replace(sampling, end_ids=(tokenizer.end_id,))
     valued = None if critic is None else Critic(critic, model)
@@ -142,7 +148,10 @@ def train(
     check_routing(model, routing)
     recording = dataclasses.replace(sampling, record_experts=routing == "replay")
 
-    source = rollouts(RolloutContext(network, devices, tokenizer, max_prompt_tokens, recording))
+    knowing = RolloutContext(network, devices, tokenizer, max_prompt_tokens, recording)
+    source = (
+        Elsewhere(rollouts, knowing, sampling_devices) if sampler_devices else rollouts(knowing)
+    )
     with first_process_first("data"):  # which may prepare a set of it
         problems = load_train(dataset, data_dir)
         check_examples(verifier, [problems[i] for i in range(min(100, len(problems)))])
@@ -175,8 +184,12 @@ def train(
     )
     scorer = None if reward_model is None else Scorer(reward_model, devices)
     asking = Asking(devices, tokenizer, verifier, recording, prompts_per_step, scorer)
-    collect: Collector | PartialCollector
-    if partial_rollouts is None:
+    check_ahead(async_depth, dynamic_sampling, rollout_batches, partial_rollouts)
+    collect: Collector | PartialCollector | AheadCollector
+    if async_depth:
+        rollout_policy = chained([stale(async_depth), rollout_policy])
+        collect = AheadCollector(source, prompts, asking, async_depth)
+    elif partial_rollouts is None:
         collect = Collector(source, prompts, asking, rollout_batches, dynamic_sampling)
     else:
         engine = check_partial(source, dynamic_sampling, rollout_batches)
@@ -197,6 +210,7 @@ def train(
         replay_own_routing=routing == "replay_trainer",
     )
     choose = jax.jit(rollout_policy.choose, donate_argnums=0)
+    foresee = jax.jit(lambda *now: rollout_policy.choose(*now)[0])
     tightness = make_tightness(network, sampling.temperature, parts=minibatches * microbatches)
     exact = "exact_divergence" in objective.needs
 
@@ -291,8 +305,13 @@ def train(
             rollout_params = network.copied(mu) if exact or exact_divergence_every else None
             state = dataclasses.replace(state, rollout_memory=memory)
 
+            ahead: dict[str, Any] = {}
+            if async_depth:  # what the next step samples with is known before this one's updates
+                next_key = jax.random.fold_in(sampling_key, step + 1)
+                next_mu = foresee(state.rollout_memory, whole, step + 1, next_key)
+                ahead["following"] = (next_mu, next_key) if step + 1 < steps else None
             rollout, rewards, examples, answers, sampled = collect(
-                mu, step_key, clock, version=step
+                mu, step_key, clock, version=step, **ahead
             )
 
             batch, known = batch_of(state, frozen, rollout, rewards, base)
@@ -345,7 +364,7 @@ def train(
             last = step + 1 == steps
             stop = preemption.anywhere() and not last
             if last or stop or (checkpoint_every and (step + 1) % checkpoint_every == 0):
-                position |= {"prompts": prompts.get_state(), "carried": collect.carried()}
+                position |= {"prompts": collect.begins(), "carried": collect.carried()}
                 position["seconds"] = seconds_before + time.monotonic() - started
                 checkpoints.save(step + 1, state, key, position)
             if stop:

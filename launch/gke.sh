@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# Trains on Google Kubernetes Engine as a JobSet, on TPU slices or on NVIDIA nodes.
+#
+#   launch/gke.sh RECIPE --on v5p:4x4x4 --image IMAGE (--bucket BUCKET | --claim PVC) [--dry-run]
+#                 [--name NAME] [--slices 1] [--spot] [--restarts 50] [--secret dppo]
+#                 [--xpk CLUSTER] [-- options of `dppo train`]
+#
+# --on is written as for `dppo plan`: v4, v5p, 7x, v5e, v6e with a topology; a100, h100, h200 with a
+# number of GPUs. The run goes to NAME in a Cloud Storage bucket (by the cluster's FUSE driver; give it
+# a hierarchical namespace, which renames a checkpoint's folder at once), or in a claim that many pods
+# can mount. A preempted or failed run starts again from its newest
+# checkpoint. Tokens come from a Kubernetes Secret, where there is one:
+#
+#   printf 'HF_TOKEN=%s\n' "$HF_TOKEN" | kubectl create secret generic dppo --from-env-file=/dev/stdin
+#
+# --dry-run prints the YAML; --xpk submits it as a workload of xpk's instead, whose pods get no Secret.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/pods.sh"
+
+recipe='' on='' image='' bucket='' claim='' name='' slices=1 spot='' restarts=50 secret=dppo
+cluster='' options=()
+while (($#)); do
+  case $1 in
+  --on) need "$@" && on=$2 && shift ;;
+  --image) need "$@" && image=$2 && shift ;;
+  --bucket) need "$@" && bucket=$2 && shift ;;
+  --claim) need "$@" && claim=$2 && shift ;;
+  --name) need "$@" && name=$2 && shift ;;
+  --slices) need "$@" && slices=$2 && shift ;;
+  --restarts) need "$@" && restarts=$2 && shift ;;
+  --secret) need "$@" && secret=$2 && shift ;;
+  --xpk) need "$@" && cluster=$2 && shift ;;
+  --spot) spot=yes ;;
+  --dry-run) dry=yes ;;
+  --help) usage ;;
+  --) shift && options=("$@") && break ;;
+  -*) fail "unknown option $1 (--help shows them; options of dppo train follow a --)" ;;
+  *) [[ ! $recipe ]] || fail "one recipe, not $recipe and $1" && recipe=$1 ;;
+  esac
+  shift
+done
+[[ $recipe ]] || fail "give a recipe (--help shows how)"
+[[ $on && $image ]] || fail "give --on and --image"
+[[ $image =~ ^[A-Za-z0-9./:@_-]+$ ]] || fail "--image '$image' is no name of an image"
+check_recipe "$recipe"
+check_number --slices "$slices"
+check_number --restarts "$restarts"
+check_no_secret "${options[@]+"${options[@]}"}"
+hardware "$on"
+name=${name:-$(basename "$recipe" .gin | tr '[:upper:]_.' '[:lower:]--' | cut -c1-40)}
+check_name "$name"
+check_name "$secret"
+[[ $bucket || $claim || $cluster ]] || fail "give --bucket or --claim, where the run is kept"
+[[ ! $bucket || ! $claim ]] || fail "--bucket or --claim, not both"
+[[ ${bucket:-a} =~ ^[a-z0-9][a-z0-9._-]*$ ]] || fail "--bucket '$bucket': its name, without gs://"
+[[ ${claim:-a} =~ ^[a-z0-9][a-z0-9.-]*$ ]] || fail "--claim '$claim' is no name of a claim"
+
+# A run that was asked to stop ends with status 0: not complete, it must be started again.
+command=(dppo train "$recipe" --workdir "/runs/$name" "${options[@]+"${options[@]}"}")
+shell="\"\$@\" && { [ -f /runs/$name/summary.json ] || exit 75; }"
+
+if [[ $cluster ]]; then
+  run xpk workload create --cluster "$cluster" --workload "$name" --num-slices "$slices" \
+    --tpu-type "$(accelerator_type)" --docker-image "$image" --max-restarts "$restarts" \
+    --command "$(printf '%q ' "${command[@]}")&& { [ -f /runs/$name/summary.json ] || exit 75; }"
+  exit
+fi
+
+quoted() { # a YAML string of any text: JSON's
+  python3 -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$1"
+}
+
+arguments() {
+  local argument
+  for argument in "$shell" bash "${command[@]}"; do echo "              - $(quoted "$argument")"; done
+}
+
+machines() {
+  local processes=$((hosts * slices))
+  case $kind in
+  v4) accelerator=tpu-v4-podslice ;;
+  v5e) accelerator=tpu-v5-lite-podslice ;;
+  v5p) accelerator=tpu-v5p-slice ;;
+  v6e) accelerator=tpu-v6e-slice ;;
+  7x) accelerator=tpu7x ;;
+  a100) accelerator=nvidia-a100-80gb ;;
+  h100) accelerator=nvidia-h100-80gb ;;
+  h200) accelerator=nvidia-h200-141gb ;;
+  b200) accelerator=nvidia-b200 ;;
+  esac
+  resource=google.com/tpu selector="cloud.google.com/gke-tpu-accelerator: $accelerator
+              cloud.google.com/gke-tpu-topology: $topology"
+  # On TPUs JAX finds the others by what GKE tells each pod.
+  environment=''
+  if [[ $accelerator == nvidia-* ]]; then
+    ((slices == 1)) || fail "--slices is of TPUs: ask for more GPUs with --on $kind:N"
+    resource=nvidia.com/gpu selector="cloud.google.com/gke-accelerator: $accelerator"
+    environment="
+              - {name: DPPO_COORDINATOR, value: $(quoted "$name-workers-0-0.$name:8476")}
+              - {name: DPPO_PROCESSES, value: \"$processes\"}
+              - name: DPPO_PROCESS_ID
+                valueFrom:
+                  fieldRef:
+                    fieldPath: \"metadata.annotations['batch.kubernetes.io/job-completion-index']\""
+  fi
+  [[ ! $spot ]] || selector+="
+              cloud.google.com/gke-spot: \"true\""
+  for variable in "${secrets[@]}"; do
+    environment+="
+              - name: $variable
+                valueFrom: {secretKeyRef: {name: $secret, key: $variable, optional: true}}"
+  done
+  volume="persistentVolumeClaim: {claimName: $(quoted "$claim")}"
+  if [[ $bucket ]]; then
+    volume="csi:
+                driver: gcsfuse.csi.storage.gke.io
+                volumeAttributes: {bucketName: $(quoted "$bucket"), mountOptions: implicit-dirs}"
+  fi
+}
+
+jobset() {
+  machines
+  cat <<END
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $name
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: $restarts
+  replicatedJobs:
+  - name: workers
+    replicas: $slices
+    template:
+      spec:
+        parallelism: $hosts
+        completions: $hosts
+        completionMode: Indexed
+        backoffLimit: 0
+        template:
+          metadata:
+            annotations:
+              gke-gcsfuse/volumes: "$([[ $bucket ]] && echo true || echo false)"
+          spec:
+            restartPolicy: Never
+            terminationGracePeriodSeconds: 300
+            nodeSelector:
+              ${selector}
+            containers:
+            - name: dppo
+              image: $(quoted "$image")
+              command: [bash, -c]
+              args:
+$(arguments)
+              env:${environment}
+              resources:
+                limits: {$resource: $per_host}
+              volumeMounts:
+              - {name: runs, mountPath: /runs}
+            volumes:
+            - name: runs
+              $volume
+END
+}
+
+if [[ $dry ]]; then
+  jobset
+else
+  jobset | kubectl apply -f -
+fi

@@ -1,0 +1,87 @@
+# Sourced by the scripts that start runs on other machines: --dry-run, bad input, hardware, secrets.
+# shellcheck shell=bash disable=SC2034  # the variables are for those who source it
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+secrets=(HF_TOKEN WANDB_API_KEY) # passed by name; their values are never written or printed
+dry=
+
+usage() { # the comment at the top of the script, which says how to call it
+  sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
+  exit "${1:-0}"
+}
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+need() { # "$@", which begins with a flag: its value must be there
+  [[ $# -ge 2 && $2 != --* ]] || fail "$1 needs a value"
+}
+
+# Runs a command, or prints it as it would be typed.
+run() {
+  if [[ $dry ]]; then
+    printf '+'
+    printf ' %q' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+check_name() {
+  [[ $1 =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    fail "name '$1': at most 40 small letters, digits and dashes, beginning with a letter"
+}
+
+check_number() { # FLAG VALUE
+  [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 is '$2', not a positive number"
+}
+
+check_recipe() {
+  [[ $1 == *.gin ]] || fail "'$1' is no recipe: give a .gin file"
+  [[ -f $1 || -f $repository/$1 ]] || fail "recipe $1 does not exist here"
+}
+
+check_no_secret() { # what would end up in process lists
+  local name argument
+  for name in "${secrets[@]}"; do
+    [[ ${!name:-} ]] || continue
+    for argument in "$@"; do
+      [[ $argument != *"${!name}"* ]] || fail "an argument holds the value of $name: leave it out"
+    done
+  done
+}
+
+# hardware NAME: v5p:4x4x4 or h100:16, as for `dppo plan`, into kind, topology, chips and hosts.
+hardware() {
+  local size dimensions=2
+  kind=${1%%:*} topology=${1#*:} chips=1
+  case $kind in
+  v4 | v5p | 7x) dimensions=3 ;;
+  v5e | v6e) ;;
+  h100 | h200 | b200 | a100) dimensions=1 ;;
+  *) fail "hardware '$1': v4, v5p, 7x, v5e or v6e with a topology, as v5p:4x4x4; or a100, h100," \
+    "h200, b200 with a number of GPUs, as h100:16" ;;
+  esac
+  [[ $1 == *:* && $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*)*$ ]] || fail "hardware '$1': $kind:SIZES"
+  IFS=x read -ra sizes <<<"$topology"
+  ((${#sizes[@]} == dimensions)) || fail "hardware '$1': $kind has $dimensions sizes, as in 4x4x4"
+  for size in "${sizes[@]}"; do chips=$((chips * size)); done
+  per_host=4
+  ((dimensions > 1)) || per_host=8
+  ((chips >= per_host)) || per_host=$chips
+  ((chips % per_host == 0)) || fail "hardware '$1': $chips chips are no whole hosts of $per_host"
+  hosts=$((chips / per_host))
+}
+
+# The accelerator type of Cloud TPU VMs and of xpk: v4 and v5p are named by their cores.
+accelerator_type() {
+  case $kind in
+  v4 | v5p) echo "$kind-$((2 * chips))" ;;
+  v5e) echo "v5litepod-$chips" ;;
+  v6e) echo "v6e-$chips" ;;
+  *) fail "no accelerator type is known for $kind: use gke.sh" ;;
+  esac
+}

@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# Trains on Cloud TPU VMs that are asked for by queued resources.
+#
+#   launch/tpu_vm.sh create NAME --zone ZONE --on v5p:4x4x4 [--spot] [--slices 1] [--runtime VERSION]
+#   launch/tpu_vm.sh train  NAME --zone ZONE --on ... RECIPE --image IMAGE --bucket BUCKET
+#                           [--secret HF_TOKEN=SECRET ...] [-- options of `dppo train`]
+#   launch/tpu_vm.sh keep   NAME ... as for create and train: both, again after each preemption
+#   launch/tpu_vm.sh delete NAME --zone ZONE [--slices 1]
+#
+# All take --project and --dry-run. The container of launch/Dockerfile runs on all workers, the run
+# is kept in BUCKET/NAME, and the same `train` goes on from its newest checkpoint. A token is named by
+# its secret in Secret Manager, which the workers read; its value appears in no command.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/pods.sh"
+
+verb=${1:-} name='' zone='' on='' project=() spot=() slices=1 runtime='' image='' bucket='' recipe=''
+tokens=() options=()
+case $verb in
+create | train | keep | delete) shift ;;
+--help) usage ;;
+*) fail "'$verb': create, train, keep or delete (--help shows how)" ;;
+esac
+while (($#)); do
+  case $1 in
+  --zone) need "$@" && zone=$2 && shift ;;
+  --on) need "$@" && on=$2 && shift ;;
+  --project) need "$@" && project=("--project=$2") && shift ;;
+  --slices) need "$@" && slices=$2 && shift ;;
+  --runtime) need "$@" && runtime=$2 && shift ;;
+  --image) need "$@" && image=$2 && shift ;;
+  --bucket) need "$@" && bucket=$2 && shift ;;
+  --secret) need "$@" && tokens+=("$2") && shift ;;
+  --spot) spot=(--spot) ;;
+  --dry-run) dry=yes ;;
+  --help) usage ;;
+  --) shift && options=("$@") && break ;;
+  -*) fail "unknown option $1 (--help shows them; options of dppo train follow a --)" ;;
+  *) if [[ ! $name ]]; then name=$1; elif [[ ! $recipe ]]; then recipe=$1; else fail "what is $1?"; fi ;;
+  esac
+  shift
+done
+[[ $name ]] || fail "give the run a name"
+check_name "$name"
+[[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone '$zone': give a zone, as us-east5-a"
+check_number --slices "$slices"
+check_no_secret "${options[@]+"${options[@]}"}" "${tokens[@]+"${tokens[@]}"}"
+at=(--zone="$zone" "${project[@]+"${project[@]}"}")
+tpus=(gcloud compute tpus)
+
+slice_names() {
+  local slice
+  if ((slices == 1)); then echo "$name"; else
+    for ((slice = 0; slice < slices; slice++)); do echo "$name-$slice"; done
+  fi
+}
+
+create() {
+  local nodes=(--node-id="$name")
+  ((slices == 1)) || nodes=(--node-count="$slices" --node-prefix="$name")
+  run "${tpus[@]}" queued-resources create "$name" "${at[@]}" "${nodes[@]}" \
+    --accelerator-type="$(accelerator_type)" --runtime-version="$runtime" "${spot[@]+"${spot[@]}"}"
+}
+
+state() {
+  "${tpus[@]}" queued-resources describe "$name" "${at[@]}" --format='value(state.state)' 2>/dev/null ||
+    echo NONE
+}
+
+remove() {
+  run "${tpus[@]}" queued-resources delete "$name" "${at[@]}" --force --quiet
+}
+
+# What every worker runs: mounts the bucket, reads the tokens, and starts the container.
+worker() {
+  local token variables=''
+  cat <<'END'
+set -e
+command -v gcsfuse >/dev/null || {
+  key=/usr/share/keyrings/cloud.google.asc
+  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee $key >/dev/null
+  echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get -qq update && sudo apt-get -qq install -y gcsfuse
+}
+sudo mkdir -p /mnt/runs
+END
+  echo "mountpoint -q /mnt/runs || sudo gcsfuse --implicit-dirs -o allow_other $bucket /mnt/runs"
+  for token in "${tokens[@]+"${tokens[@]}"}"; do
+    echo "${token%%=*}=\$(gcloud secrets versions access latest --secret=${token#*=})"
+    echo "export ${token%%=*}"
+    variables+=" --env ${token%%=*}" # by name: docker takes the value from its environment
+  done
+  echo "gcloud auth configure-docker ${image%%/*} --quiet"
+  echo "sudo docker rm --force dppo >/dev/null 2>&1 || true"
+  echo "exec sudo -E docker run --name dppo --privileged --network host --stop-timeout 300" \
+    "--volume /mnt/runs:/runs$variables $image" \
+    "train$(printf ' %q' "$recipe" --workdir "/runs/$name" "${options[@]+"${options[@]}"}")"
+}
+
+train() {
+  local slice started=() status=0
+  for slice in $(slice_names); do
+    run "${tpus[@]}" tpu-vm ssh "$slice" "${at[@]}" --worker=all --command="$(worker)" &
+    started+=($!)
+  done
+  for slice in "${started[@]}"; do wait "$slice" || status=$?; done
+  return "$status"
+}
+
+complete() {
+  gcloud storage ls "gs://$bucket/$name/summary.json" "${project[@]+"${project[@]}"}" >/dev/null 2>&1
+}
+
+keep() {
+  if [[ $dry ]]; then
+    echo "# until gs://$bucket/$name/summary.json exists; deleted and asked for again when preempted:"
+    create
+    train
+    return
+  fi
+  local failed=0
+  until complete; do
+    case $(state) in
+    NONE) create ;;
+    ACTIVE)
+      ((failed < 3)) || fail "$name failed three times on slices that were there: see its output"
+      if train; then failed=0; else failed=$((failed + 1)) && sleep 60; fi
+      ;;
+    SUSPENDED | FAILED) failed=0 && remove ;;
+    *) sleep 60 ;;
+    esac
+  done
+  echo "complete: gs://$bucket/$name"
+}
+
+if [[ $verb == create || $verb == keep ]]; then
+  [[ $on ]] || fail "give --on, as v5p:4x4x4"
+  hardware "$on"
+  accelerator_type >/dev/null
+  case $kind in
+  v4) known=tpu-ubuntu2204-base ;;
+  v5e) known=v2-alpha-tpuv5-lite ;;
+  v5p) known=v2-alpha-tpuv5 ;;
+  v6e) known=v2-alpha-tpuv6e ;;
+  esac
+  runtime=${runtime:-$known}
+fi
+if [[ $verb == train || $verb == keep ]]; then
+  [[ $recipe && $image && $bucket ]] || fail "give a recipe, --image and --bucket"
+  check_recipe "$recipe"
+  [[ $image =~ ^[A-Za-z0-9./:@_-]+$ ]] || fail "--image '$image' is no name of an image"
+  [[ $bucket =~ ^[a-z0-9][a-z0-9._-]*$ ]] || fail "--bucket '$bucket': its name, without gs://"
+  for token in "${tokens[@]+"${tokens[@]}"}"; do
+    [[ $token =~ ^[A-Z_]+=[A-Za-z0-9_-]+$ ]] || fail "--secret VARIABLE=NAME_OF_THE_SECRET"
+  done
+fi
+case $verb in delete) remove ;; *) "$verb" ;; esac
