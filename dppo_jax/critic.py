@@ -69,7 +69,7 @@ class Critic:
 
         [B, T], or [B, T, Q] with `outputs`. Padding is attended by nobody.
         """
-        hidden, _ = response_states(
+        hidden, *_ = response_states(
             self._model.bind(params["decoder"]),
             rollout.prompt_tokens,
             rollout.prompt_mask,

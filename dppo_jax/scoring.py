@@ -11,7 +11,7 @@ from dppo_jax import divergence
 from dppo_jax.kernels.divergences import Policy, divergences
 from dppo_jax.kernels.head import fused_loss, head
 from dppo_jax.models.decoder import Decoder, Experts, Model, Params, response_states
-from dppo_jax.models.moe import differing_choices
+from dppo_jax.models.moe import Load, differing_choices
 from dppo_jax.records import Batch, Max, Mean, Metrics, Rollout, TokenLocal, TokenStats
 from dppo_jax.sharding import flatten_tokens, head_layout, unflatten_tokens
 
@@ -45,8 +45,10 @@ def score_and_routing(
     temperature: float,
     rollout_params: Params | None = None,
 ) -> tuple[TokenStats, Metrics]:
-    """`score`, and where a routing is replayed the share of choices that the router would not make.
+    """`score`, and what is known of the routing, where there are experts.
 
+    `moe/aux_loss` is `Load.loss`, differentiable, and `moe/max_load` `Load.highest`, both of the
+    router's own choices. Where a routing is replayed, also the share that it would not choose:
     `routing/differing_fraction`: of the recorded (token, layer, slot) choices, prompts' included;
     `mismatch/experts` is the same, and a run reports it of a step's first gradient step alone.
     """
@@ -66,7 +68,7 @@ def with_own_routing(model: Model, params: Params, rollout: Rollout) -> Rollout:
 
     Replaying them keeps the routing still over a step's updates (arXiv 2512.01374).
     """
-    _, chosen = _states(model.bind(params), replace(rollout, prompt_experts=None, experts=None))
+    _, chosen, _ = _states(model.bind(params), replace(rollout, prompt_experts=None, experts=None))
     if chosen is None:
         raise ValueError("this model has no experts whose routing could be recorded")
     return replace(rollout, prompt_experts=chosen.prompt, experts=chosen.response)
@@ -274,7 +276,9 @@ def _exact(
     return _Exact(unflatten_tokens(between.tv, *shape), unflatten_tokens(between.kl, *shape))
 
 
-def _states(decoder: Decoder, rollout: Rollout) -> tuple[Float[Array, "B T D"], Experts | None]:
+def _states(
+    decoder: Decoder, rollout: Rollout
+) -> tuple[Float[Array, "B T D"], Experts | None, Load | None]:
     """The state that predicts each response token; the routing is the rollout's, if it has one."""
     recorded = None
     if rollout.experts is not None and rollout.prompt_experts is not None:
@@ -293,21 +297,27 @@ def _states_and_ids(
     decoder: Decoder, rollout: Rollout
 ) -> tuple[Float[Array, "N D"], Int[Array, "N J"], Metrics]:
     """The state that predicts each response token; its id and the stored top-K's; the routing."""
-    hidden, native = _states(decoder, rollout)
+    hidden, native, load = _states(decoder, rollout)
     ids = jnp.concatenate([rollout.response_tokens[..., None], rollout.topk_ids], axis=-1)
-    return flatten_tokens(hidden), flatten_tokens(ids), _routing(rollout, native)
+    return flatten_tokens(hidden), flatten_tokens(ids), _routing(rollout, native, load)
 
 
-def _routing(rollout: Rollout, native: Experts | None) -> Metrics:
-    if rollout.experts is None or rollout.prompt_experts is None or native is None:
+def _routing(rollout: Rollout, native: Experts | None, load: Load | None) -> Metrics:
+    if load is None:
         return {}
+    balance: Metrics = {
+        "moe/aux_loss": Mean(load.loss(), jnp.float32(1)),
+        "moe/max_load": Max(load.highest()),
+    }
+    if rollout.experts is None or rollout.prompt_experts is None or native is None:
+        return balance
     pairs = (rollout.prompt_experts, native.prompt), (rollout.experts, native.response)
     counts = [
         [jnp.sum(count, dtype=jnp.float32) for count in differing_choices(*pair)] for pair in pairs
     ]
     (asked, of_asked), (answered, of_answered) = counts
     share = Mean(asked + answered, of_asked + of_answered)
-    return {"routing/differing_fraction": share, "mismatch/experts": share}
+    return balance | {"routing/differing_fraction": share, "mismatch/experts": share}
 
 
 def mismatch(stats: TokenStats, rollout: Rollout) -> Metrics:

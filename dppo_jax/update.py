@@ -158,6 +158,7 @@ def make_update(
     `mismatch/*` compares the scored policy with the sampler's: numerical mismatch alone on the
     first step after a rollout, with the policy's movement on top in later ones.
     With LoRA the state's parameters are the adapters; the base, a fourth argument, is not donated.
+    `DecoderConfig.load_balancing` adds so much of each microbatch's `moe/aux_loss` to the loss.
     """
 
     # What else an objective may need is not among the terms that the single pass hands out.
@@ -165,7 +166,7 @@ def make_update(
     token_local = objective.token_local if plain else None
 
     exact = "exact_divergence" in objective.needs
-    dropout = model.dropout
+    dropout, balance = model.dropout, model.config.load_balancing
 
     def update(
         state: TrainState,
@@ -206,6 +207,9 @@ def make_update(
                     values = critic.values(value_params, rows.rollout)
                     stats = dataclasses.replace(stats, values=values)
                 out = objective.loss(stats, rows)
+            if balance:
+                term = balance * routing["moe/aux_loss"].sum  # type: ignore[union-attr]
+                out = out._replace(loss_sum=out.loss_sum + term * out.weight_sum)
             more = mismatch(stats, rows.rollout) | kept_sizes(rows.rollout) | routing
             return out._replace(metrics=out.metrics | more)
 

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from dppo_jax.models.config import DecoderConfig
-from dppo_jax.models.moe import expert_mlps, route
+from dppo_jax.models.decoder import Model
+from dppo_jax.models.moe import Load, Routing, expert_mlps, route
+from dppo_jax.objectives import dppo_binary_tv
+from dppo_jax.optimizer import adamw
+from dppo_jax.records import Batch, Rollout
+from dppo_jax.update import init_state, make_update
 
 TOKENS, WIDTH, EXPERTS, EACH, MLP = 23, 10, 7, 3, 6
 
@@ -26,7 +31,7 @@ def inputs(seed=0):
 
 
 def sparse(x, normalised):
-    gates, chosen, _ = route(x["y"], x["router"], EACH, normalised)
+    gates, chosen, *_ = route(x["y"], x["router"], EACH, normalised)
     return expert_mlps(x["y"], gates, chosen, x["gate"], x["up"], x["down"], jax.nn.silu)
 
 
@@ -58,7 +63,7 @@ def test_no_token_is_dropped_however_uneven_the_choice():
     x = inputs()
     x["y"] = jnp.abs(x["y"])
     x["router"] = jnp.zeros((WIDTH, EXPERTS)).at[:, 2:5].add(jnp.array([3.0, 2.0, 1.0]))
-    _, chosen, _ = route(x["y"], x["router"], EACH, True)
+    _, chosen, *_ = route(x["y"], x["router"], EACH, True)
     assert (np.asarray(chosen) == [2, 3, 4]).all()
     np.testing.assert_allclose(sparse(x, True), dense(x, True), rtol=2e-5, atol=2e-5)
 
@@ -66,8 +71,8 @@ def test_no_token_is_dropped_however_uneven_the_choice():
 def test_routing_is_in_float32_whatever_the_activations():
     x = inputs()
     half = x["y"].astype(jnp.bfloat16)
-    gates, chosen, _ = route(half, x["router"], EACH, True)
-    exact, same, _ = route(half.astype(jnp.float32), x["router"], EACH, True)
+    gates, chosen, *_ = route(half, x["router"], EACH, True)
+    exact, same, *_ = route(half.astype(jnp.float32), x["router"], EACH, True)
     assert gates.dtype == jnp.float32
     np.testing.assert_array_equal(chosen, same)
     np.testing.assert_array_equal(gates, exact)
@@ -81,3 +86,72 @@ def test_more_experts_a_token_than_there_are():
     )
     with pytest.raises(ValueError, match="experts_per_token=3 is not within 1..2"):
         dataclasses.replace(config, experts=2, experts_per_token=3)
+
+
+def test_load_by_hand():
+    """Two real tokens and one that is none, over three experts; then a second, even layer."""
+    probability = jnp.array([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3], [0.0, 0.0, 1.0]])
+    native = jnp.array([[0, 1], [0, 2], [2, 1]])
+    one = Routing(native * 0.0, native, native, probability).load(jnp.array([True, True, False]))
+    np.testing.assert_allclose(one.chosen, [2, 1, 1])
+    np.testing.assert_allclose(one.probability, [1.1, 0.4, 0.5], rtol=1e-6)
+    both = jax.tree.map(
+        lambda a, b: jnp.stack([a, jnp.asarray(b)]),
+        one,
+        Load(jnp.full(3, 4 / 3), jnp.full(3, 2 / 3), 2.0),
+    )
+    shares = np.array([10 / 3, 7 / 3, 7 / 3]) / 4
+    means = np.array([1.1 + 2 / 3, 0.4 + 2 / 3, 0.5 + 2 / 3]) / 4
+    np.testing.assert_allclose(both.loss(), 3 * np.sum(shares * means), rtol=1e-6)
+    np.testing.assert_allclose(both.highest(), 2 / (4 / 3), rtol=1e-6)
+
+
+def test_load_balancing_is_that_of_transformers():
+    torch = pytest.importorskip("torch")
+    qwen = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe")
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 12, EXPERTS)).astype(np.float32)
+    real = rng.random(12) < 0.7
+    theirs = qwen.load_balancing_loss_func(
+        tuple(map(torch.tensor, logits)), EXPERTS, EACH, torch.tensor(real.reshape(3, 4))
+    )
+    layers = [
+        route(jnp.asarray(each), jnp.eye(EXPERTS), EACH, True).load(jnp.asarray(real))
+        for each in logits
+    ]
+    load = jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    np.testing.assert_allclose(load.loss(), theirs.item(), rtol=1e-6)
+
+
+def test_the_update_balances_the_load():
+    """Without advantages only the load's term moves the router: its loss falls, by its gradient."""
+    config = DecoderConfig(
+        vocab_size=9, width=8, layers=1, heads=1, kv_heads=1, head_size=4, mlp_width=4,
+        experts=6, experts_per_token=2, normalised_gates=True, load_balancing=1.0,
+    )  # fmt: skip
+    model, optimizer = Model(config), adamw(learning_rate=0.02)
+    tokens = jax.random.randint(jax.random.key(1), (8, 5), 0, 9)
+    shape, real = tokens.shape, jnp.ones(tokens.shape, bool)
+    none = jnp.zeros(shape)
+    rollout = Rollout(
+        prompt_tokens=tokens[:, :3], prompt_mask=real[:, :3], response_tokens=tokens,
+        response_mask=real, logp_rollout=none, topk_ids=jnp.zeros((*shape, 1), jnp.int32),
+        topk_logp_rollout=jnp.zeros((*shape, 1)), entropy_rollout=none,
+        finish_reason=jnp.zeros(8, jnp.int32),
+    )  # fmt: skip
+    update = make_update(model, dppo_binary_tv(), optimizer, temperature=1.0, microbatches=2)
+    state = init_state(
+        jax.tree.map(lambda leaf: 3 * leaf, model.init(jax.random.key(0))), optimizer
+    )
+    seen = []
+    for _ in range(20):
+        state, metrics = update(state, Batch(rollout, none))
+        seen.append(
+            [float(m.sum / m.count) for m in (metrics["moe/aux_loss"], metrics["loss/total"])]
+        )
+        assert metrics["moe/max_load"].value >= 1
+    losses, totals = np.transpose(seen)
+    np.testing.assert_allclose(losses, totals, rtol=1e-5)
+    assert losses[0] > 2.1 and losses[-1] < 0.5 * losses[0] + 0.5 * 2.0  # 2 is even
+    with pytest.raises(ValueError, match="load_balancing=1.0 is for models with experts"):
+        dataclasses.replace(config, experts=0)

@@ -191,7 +191,7 @@ def moved(tiny):
 def plain_score(model, params, rollout):
     """Log-probabilities [B, T, V] over the kept set of each token, from all logits at once."""
     decoder = model.bind(params)
-    hidden, _ = response_states(
+    hidden, *_ = response_states(
         decoder, rollout.prompt_tokens, rollout.prompt_mask,
         rollout.response_tokens, rollout.response_mask,
     )  # fmt: skip

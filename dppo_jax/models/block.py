@@ -6,13 +6,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from qwix import QArray, dequantize
 
 from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.expert_parallel import expert_mlps_on_mesh
-from dppo_jax.models.moe import route, stored_ids
+from dppo_jax.models.moe import Load, route, stored_ids
 from dppo_jax.models.rope import Rope, rotate
 from dppo_jax.sharding import constrain
 
@@ -136,18 +136,23 @@ class Block(nnx.Module):
         x: Float[Array, "N D"],
         attended: Float[Array, "N HD"],
         replayed: Int[Array, "N k"] | None = None,
-    ) -> tuple[Float[Array, "N D"], Int[Array, "N k"] | None]:
-        """`finish`, and the experts that the router chooses; `replayed` ones take their place."""
+        real: Bool[Array, " N"] | None = None,
+    ) -> tuple[Float[Array, "N D"], Int[Array, "N k"] | None, Load | None]:
+        """`finish`, the experts that the router chooses (`replayed` ones take their place), and
+        their load by the `real` tokens, where these are told."""
         c = self.config
         attended = constrain(attended, "tokens", "heads")
         out = constrain(self._product(attended, "o").astype(x.dtype), "tokens", "width")
         if c.post_norms:
             out = normed(c, out, self.post_attention_norm)
         x = x + out
-        out, native = self._mlp(normed(c, x, self.mlp_norm), replayed)
+        out, routing = self._mlp(normed(c, x, self.mlp_norm), replayed)
         if c.post_norms:
             out = normed(c, out, self.post_mlp_norm)
-        return x + out, native
+        if routing is None:
+            return x + out, None, None
+        native = routing.native.astype(stored_ids(c.experts))
+        return x + out, native, None if real is None else routing.load(real)
 
     def _mlp(self, y: Float[Array, "N D"], replayed: Int[Array, "N k"] | None):
         c = self.config
@@ -161,6 +166,6 @@ class Block(nnx.Module):
             out = expert_mlps_on_mesh(
                 y, routing.gates, routing.chosen, gate, up, down, activation, adapters
             )
-            return out, routing.native.astype(stored_ids(c.experts))
+            return out, routing
         gate, up = (constrain(self._product(y, name), "tokens", "mlp") for name in ("gate", "up"))
         return constrain(self._product(activation(gate) * up, "down"), "tokens", "width"), None

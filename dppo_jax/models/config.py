@@ -44,6 +44,7 @@ class DecoderConfig:
     experts: int = 0  # MLPs of each layer that a router chooses from; 0: one MLP, no router
     experts_per_token: int = 0
     normalised_gates: bool = False  # a token's gates sum to 1
+    load_balancing: float = 0.0  # coefficient of `moe.Load.loss` in training
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -64,6 +65,10 @@ class DecoderConfig:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token} is not within 1..{self.experts}, "
                 "the number of experts"
+            )
+        if self.load_balancing < 0 or (self.load_balancing and not self.experts):
+            raise ValueError(
+                f"load_balancing={self.load_balancing} is for models with experts, at least 0"
             )
         if self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"activation={self.activation!r}: use 'silu' or 'gelu_tanh'")

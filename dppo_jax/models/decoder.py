@@ -18,6 +18,7 @@ from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.attention import Prefix, attention, soft_capped
 from dppo_jax.models.block import Block, gathered, norm_scale, normed, parameter
 from dppo_jax.models.config import DecoderConfig
+from dppo_jax.models.moe import Load
 from dppo_jax.models.ring import split_attention
 from dppo_jax.models.rope import Rope, rotary_table
 from dppo_jax.sharding import constrain, flatten_tokens, sequence_shards, unflatten_tokens
@@ -133,9 +134,11 @@ def _run_layers(
     positions: Int[Array, "P N"],
     attend: Attend,
     replayed: Int[Array, "P N layers k"] | None = None,
+    real: Bool[Array, "P N"] | None = None,
 ):
-    """Hidden states [P, N, D] after the final norm, keys, values [layers, P, N, Hkv, d], and the
-    experts that the routers choose [P, N, layers, k]; `replayed` ones take their place."""
+    """Hidden states [P, N, D] after the final norm, keys, values [layers, P, N, Hkv, d], the
+    experts that the routers choose [P, N, layers, k] (`replayed` ones take their place), and their
+    load by the `real` tokens."""
     c = decoder.config
     # No position exceeds the columns of a row.
     tables = rope_tables(c, tokens.shape[1])
@@ -143,6 +146,7 @@ def _run_layers(
     ropes = [(cos[flat], sin[flat]) for cos, sin in tables]
     graphdef, stacked = nnx.split(decoder.blocks)
     kinds = _kinds(c)
+    counted = None if real is None else flatten_tokens(real)
     if replayed is not None:
         replayed = jnp.moveaxis(flatten_tokens(replayed), 1, 0)
 
@@ -158,8 +162,8 @@ def _run_layers(
         q, k, v = block.queries_keys_values(x, rope)
         q, k, v = (unflatten_tokens(t, *tokens.shape) for t in (q, k, v))
         attended = flatten_tokens(attend(q, k, v, window))
-        x, native = block.finish_routed(x, attended, experts)
-        return constrain(x, "tokens", "width"), ((k, v), native)
+        x, native, load = block.finish_routed(x, attended, experts, counted)
+        return constrain(x, "tokens", "width"), ((k, v), native, load)
 
     if c.remat:
         layer = jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, c.remat_policy))
@@ -167,10 +171,10 @@ def _run_layers(
     # XLA's CPU backend copies every stacked residual of a rolled loop; a few layers unroll.
     unroll = c.layers if c.layers <= 8 else 1
     each = (stacked, kinds, replayed)
-    x, (keys_values, native) = jax.lax.scan(layer, x, each, unroll=unroll)
+    x, (keys_values, native, load) = jax.lax.scan(layer, x, each, unroll=unroll)
     if native is not None:
         native = unflatten_tokens(jnp.moveaxis(native, 0, 1), *tokens.shape)
-    return unflatten_tokens(decoder.normed(x), *tokens.shape), keys_values, native
+    return unflatten_tokens(decoder.normed(x), *tokens.shape), keys_values, native, load
 
 
 def _attention(config: DecoderConfig, q, k, v, mask, window: Window, prefix: Prefix | None = None):
@@ -196,7 +200,7 @@ def routed_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array
         )
         return _attention(decoder.config, q, k, v, mask[:, None], window)[:, 0]
 
-    return _run_layers(decoder, tokens, positions_of(mask), attend)
+    return _run_layers(decoder, tokens, positions_of(mask), attend)[:3]
 
 
 def response_states(
@@ -206,8 +210,9 @@ def response_states(
     response_tokens: Int[Array, "B T"],
     response_mask: Bool[Array, "B T"],
     replayed: Experts | None = None,
-) -> tuple[Float[Array, "B T D"], Experts | None]:
-    """The hidden state that predicts each response token, and the experts that the routers choose.
+) -> tuple[Float[Array, "B T D"], Experts | None, Load | None]:
+    """The hidden state that predicts each response token, the experts that the routers choose, and
+    their load by the tokens that are fed.
 
     Row p*G + g answers prompt p. `replayed` experts take the chosen ones' place. A prompt's tokens
     go through the layers once for its G responses, each of which attends to them. A row of
@@ -243,20 +248,21 @@ def response_states(
         theirs = replayed.response[:, :-1]
         theirs = theirs.reshape(prompts, samples * fed, *theirs.shape[2:])
         experts = jnp.concatenate([replayed.prompt, theirs], axis=1)
-    hidden, _, native = _run_layers(
+    hidden, _, native, load = _run_layers(
         decoder,
         jnp.concatenate([prompt_tokens, fed_tokens], axis=1),
         jnp.concatenate([positions_of(prompt_mask), fed_positions], axis=1),
         attend,
         experts,
+        jnp.concatenate([prompt_mask, fed_mask.reshape(prompts, samples * fed)], axis=1),
     )
     first = jnp.repeat(hidden[:, length - 1], samples, axis=0)
     states = jnp.concatenate([first[:, None], hidden[:, length:].reshape(batch, fed, -1)], axis=1)
     if native is None:
-        return states, None
+        return states, None, None
     own = native[:, length:].reshape(batch, fed, *native.shape[2:])
     chosen = Experts(native[:, :length], jnp.pad(own, ((0, 0), (0, 1), (0, 0), (0, 0))))
-    return states, chosen.only(prompt_mask, response_mask)
+    return states, chosen.only(prompt_mask, response_mask), load
 
 
 def _split_response_states(
@@ -266,7 +272,7 @@ def _split_response_states(
     response_tokens: Int[Array, "B T"],
     response_mask: Bool[Array, "B T"],
     replayed: Experts | None,
-) -> tuple[Float[Array, "B T D"], Experts | None]:
+) -> tuple[Float[Array, "B T D"], Experts | None, Load | None]:
     """`response_states` on a mesh whose axis `sequence` splits L and T, which it divides.
 
     A response is fed from the prompt's last token on, so that each of its T columns predicts its
@@ -309,19 +315,20 @@ def _split_response_states(
     experts = None
     if replayed is not None:
         experts = rows(replayed.prompt, shifted(replayed.prompt[:, -1], replayed.response))
-    hidden, _, native = _run_layers(
+    hidden, _, native, load = _run_layers(
         decoder,
         rows(prompt_tokens, shifted(prompt_tokens[:, -1], response_tokens)),
         rows(positions_of(prompt_mask), last + positions_of(fed_mask)),
         attend,
         experts,
+        rows(prompt_mask, fed_mask.at[:, :, 0].set(False)),  # the prompt's last counts once
     )
     states = constrain(apart(hidden)[1], "batch", "columns", None)
     if native is None:
-        return states, None
+        return states, None, None
     asked, fed = apart(native)  # column t was fed response token t - 1
     chosen = Experts(asked, jnp.roll(fed, -1, axis=1))
-    return states, chosen.only(prompt_mask, response_mask)
+    return states, chosen.only(prompt_mask, response_mask), load
 
 
 class Model:

@@ -9,7 +9,7 @@ from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.hf_rope import Json, longest_of, ropes_of, scaling_json
 
 # Of a DecoderConfig, what the weights do not depend on.
-FREE = ("dtype", "remat", "remat_policy")
+FREE = ("dtype", "remat", "remat_policy", "load_balancing")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -78,6 +78,7 @@ def config_of(
     dtype: str = "float32",
     remat: bool = False,
     remat_policy: str = "nothing_saveable",
+    load_balancing: float = 0.0,
 ) -> DecoderConfig:
     """The DecoderConfig of a Hugging Face folder, for computation in `dtype`.
 
@@ -85,7 +86,13 @@ def config_of(
     """
     file = Path(path).expanduser() / "config.json"
     config = parse(read_json(file), str(file))
-    return dataclasses.replace(config, dtype=dtype, remat=remat, remat_policy=remat_policy)
+    return dataclasses.replace(
+        config,
+        dtype=dtype,
+        remat=remat,
+        remat_policy=remat_policy,
+        load_balancing=load_balancing,
+    )
 
 
 def parse(given: Json, where: str = "config.json") -> DecoderConfig:

@@ -10,10 +10,34 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # "gate", "up", "down" -> the adapter's A [E, in, r] and s·B [E, r, out] (`adapters.Adapter`)
 LowRank = Mapping[str, tuple[Array, Array]]
+
+
+class Load(NamedTuple):
+    """How the routers of some layers spread some tokens over their experts."""
+
+    chosen: Float[Array, "*layers E"]  # how many tokens chose each expert
+    probability: Float[Array, "*layers E"]  # sums over tokens of the router's; differentiable
+    tokens: Float[Array, "*layers"]
+
+    def loss(self) -> Float[Array, ""]:
+        """E · Σ_e f_e P_e; k where both are even.
+
+        Of the tokens of all layers the share f_e chooses expert e, and P_e is its mean probability:
+        Switch Transformers (arXiv 2101.03961, eqs. 4-6), with the k choices and the layers joined
+        as `load_balancing_loss_func` of transformers 5.23 does.
+        """
+        total = jnp.sum(self.tokens)
+        share, mean = (jnp.sum(x, axis=0) / total for x in (self.chosen, self.probability))
+        return share.shape[0] * jnp.sum(share * mean)
+
+    def highest(self) -> Float[Array, ""]:
+        """Tokens of the busiest expert of any layer, over those of an even load."""
+        even = jnp.mean(self.chosen, axis=-1, keepdims=True)
+        return jnp.max(self.chosen / jnp.maximum(even, 1.0 / self.chosen.shape[-1]))
 
 
 class Routing(NamedTuple):
@@ -22,6 +46,15 @@ class Routing(NamedTuple):
     gates: Float[Array, "N k"]
     chosen: Int[Array, "N k"]
     native: Int[Array, "N k"]  # the router's own choice, which a replay overrides
+    probability: Float[Array, "N E"]  # the router's, over all experts
+
+    def load(self, real: Bool[Array, " N"]) -> Load:
+        """Of the real tokens, by the router's own choice."""
+        experts = self.probability.shape[1]
+        kept = real[:, None].astype(jnp.float32)
+        chosen = jax.nn.one_hot(self.native, experts) * kept[..., None]
+        probability = jnp.sum(self.probability * kept, axis=0)
+        return Load(jnp.sum(chosen, axis=(0, 1)), probability, jnp.sum(kept))
 
 
 def route(
@@ -48,7 +81,7 @@ def route(
         gates = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1), axis=-1)
     else:
         gates = jnp.take_along_axis(p, chosen, axis=-1)
-    return Routing(gates, chosen, native)
+    return Routing(gates, chosen, native, p)
 
 
 def stored_ids(experts: int) -> jnp.dtype:

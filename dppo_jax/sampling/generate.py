@@ -195,7 +195,7 @@ def _decode(
             response_v=update(cache.response_v, v[:, :, None], column, axis=2),
         )
         attended = _attend_cache(c, q, cache, prompt_mask, column, window)
-        x, chosen = block.finish_routed(x, attended)
+        x, chosen, _ = block.finish_routed(x, attended)
         new_caches.append(cache)
         experts.append(chosen)
     return decoder.normed(x), new_caches, experts

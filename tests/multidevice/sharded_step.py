@@ -66,9 +66,11 @@ def program_of(model):
     def loss(params, batch):
         mask = batch.rollout.response_mask
         if model.config.final_soft_cap is None:
-            total, stats = loss_and_score(
+            total, stats, routing = loss_and_score(
                 model, params, batch, objective.token_local, temperature=0.9
             )
+            if model.config.experts:
+                total += routing["moe/aux_loss"].sum * jnp.sum(mask)
         else:
             stats = score(model, params, batch.rollout, temperature=0.9)
             total = objective.loss(stats, batch).loss_sum + 0.1 * jnp.sum(stats.entropy, where=mask)
