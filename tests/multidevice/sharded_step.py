@@ -30,11 +30,14 @@ GEMMA = dataclasses.replace(
     attention_soft_cap=2.0, final_soft_cap=3.0, post_norms=True, unit_offset_norms=True,
 )  # fmt: skip
 MIXTURE = dataclasses.replace(DENSE, experts=8, experts_per_token=3, normalised_gates=True)
-MODELS = {"dense": DENSE, "gemma": GEMMA, "mixture": MIXTURE}
+MODELS = {"gemma": GEMMA, "mixture": MIXTURE}
 MESHES = {  # fsdp x tensor is test_mesh.py's
-    "dense": (dict(data=4, tensor=2), dict(fsdp=2, sequence=4)),
-    "gemma": (dict(data=2, sequence=2, tensor=2),),
-    "mixture": (dict(fsdp=2, expert=4), dict(expert=2, sequence=2, tensor=2)),
+    "gemma": (dict(fsdp=2, sequence=4),),
+    "mixture": (
+        dict(data=4, tensor=2),
+        dict(fsdp=2, expert=4),
+        dict(expert=2, sequence=2, tensor=2),
+    ),
 }
 PROMPTS, SAMPLES, LENGTH, NEW = 8, 2, 4, 8
 
