@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dppo_jax.advantages import Estimator, estimate, inputs_of, named_inputs
-from dppo_jax.critic import Critic
-from dppo_jax.models.decoder import Model, Params
+from dppo_jax.critic import Critic, HeadCritic
+from dppo_jax.models.decoder import Decoder, Model, Params
 from dppo_jax.records import Batch, Mean, Metrics, Need, Objective, Rollout, TrainState
 from dppo_jax.scoring import score, with_own_routing
 
@@ -37,7 +37,7 @@ def make_batch_of(
     objective: Objective,
     advantage: Estimator,
     penalty: RewardPenalty | None = None,
-    critic: Critic | None = None,
+    critic: Critic | HeadCritic | None = None,
     *,
     temperature: float,
     replay_own_routing: bool = False,
@@ -57,8 +57,18 @@ def make_batch_of(
         policy = model.policy(state.params, base)
         if replay_own_routing:
             fields["rollout"] = rollout = with_own_routing(model, policy, rollout)
+        old = None
+        if critic is not None or needs & {"logp_old", "uniform_logp"}:
+
+            def also(_: Decoder, states: Array) -> dict[str, Array]:
+                if critic is None:
+                    return {}
+                return {"values": critic.values(state.critic.params, rollout, states)}
+
+            old = score(model, policy, rollout, temperature=temperature, also=also)
+            fields["values_old"] = old.values
         if needs & {"logp_old", "uniform_logp"}:
-            old = score(model, policy, rollout, temperature=temperature)
+            assert old is not None
             fields |= dict(
                 logp_old=old.logp, topk_logp_old=old.topk_logp, uniform_logp_old=old.uniform_logp
             )
@@ -66,8 +76,6 @@ def make_batch_of(
             # Another policy than the one whose routing is recorded: its own routers choose.
             alone = replace(rollout, prompt_experts=None, experts=None)
             fields["logp_ref"] = score(model, reference, alone, temperature=temperature).logp
-        if critic is not None:
-            fields["values_old"] = critic.values(state.critic.params, rollout)
         metrics: Metrics = {}
         lost = None
         if penalty is not None:

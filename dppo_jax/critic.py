@@ -1,7 +1,9 @@
-"""A critic: a second decoder with parameters of its own, and a linear head on its hidden states."""
+"""A critic: a head on the hidden states of a second decoder of its own, or on the policy's.
+
+Both kinds have `optimizer`, `config`, `init_sharded` and `values`; settings `build` them.
+"""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,35 @@ class ValueModel:
     def __post_init__(self):
         if self.outputs is not None and self.outputs < 1:
             raise ValueError(f"outputs={self.outputs}: a critic predicts at least one quantile")
+
+    def build(self, policy: DecoderConfig) -> "Critic":
+        return Critic(self, policy)
+
+
+@dataclass(frozen=True)
+class ValueHead:
+    """What a recipe says of a critic that reads the policy's own last hidden states.
+
+    It costs one small product a token where a `ValueModel` costs a decoder's passes. A linear head,
+    or x·W1 through silu where it is `hidden` units wide. Its gradient stops at the hidden states,
+    so that values learn of what the policy represents and leave it alone; with `shared_gradient`
+    it goes on into the policy, as in PPO with shared parameters (arXiv 1707.06347, section 5),
+    where the objective's value coefficient weighs the two. `outputs` as in `ValueModel`.
+    """
+
+    optimizer: optax.GradientTransformation
+    outputs: int | None = None
+    hidden: int | None = None
+    shared_gradient: bool = False
+
+    def __post_init__(self):
+        if self.outputs is not None and self.outputs < 1:
+            raise ValueError(f"outputs={self.outputs}: a critic predicts at least one quantile")
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"hidden={self.hidden}: a layer has at least one unit; None has none")
+
+    def build(self, policy: DecoderConfig) -> "HeadCritic":
+        return HeadCritic(self, policy)
 
 
 class Critic:
@@ -64,10 +95,13 @@ class Critic:
         shardings = shardings_of(self.logical_axes, mesh)
         return jax.jit(self.init, out_shardings=shardings)(key, policy)
 
-    def values(self, params: Params, rollout: Rollout) -> Float[Array, "B T *Q"]:
+    def values(
+        self, params: Params, rollout: Rollout, states: Float[Array, "B T D"] | None = None
+    ) -> Float[Array, "B T *Q"]:
         """The value of the state in which each response token was chosen, float32.
 
-        [B, T], or [B, T, Q] with `outputs`. Padding is attended by nobody.
+        [B, T], or [B, T, Q] with `outputs`. Padding is attended by nobody. `states`, the policy's,
+        are for `HeadCritic`.
         """
         hidden, *_ = response_states(
             self._model.bind(params["decoder"]),
@@ -76,7 +110,54 @@ class Critic:
             rollout.response_tokens,
             rollout.response_mask,
         )
-        head: dict[str, Any] = params["head"]
-        weight = constrain(head["weight"], None, None)
-        values = hidden.astype(jnp.float32) @ weight + head["bias"]
+        values = _affine(hidden.astype(jnp.float32), params["head"])
         return values[..., 0] if self._outputs is None else values
+
+
+class HeadCritic:
+    """A critic on the policy's hidden states: pure functions of its parameters."""
+
+    def __init__(self, settings: ValueHead, policy: DecoderConfig):
+        self.optimizer, self.config = settings.optimizer, policy
+        self._settings = settings
+
+    @property
+    def logical_axes(self) -> Params:
+        head = {"weight": ("embed", None), "bias": (None,)}
+        if self._settings.hidden is None:
+            return {"head": head}
+        return {"inner": head, "head": head | {"weight": (None, None)}}
+
+    def init(self, key: Array, policy: Params) -> Params:
+        """Fresh parameters; the last product is zero, and so is every value at first."""
+        width, outputs = self.config.width, self._settings.outputs or 1
+        params: Params = {}
+        if self._settings.hidden is not None:
+            shape = (width, self._settings.hidden)
+            weight = width**-0.5 * jax.random.normal(key, shape)
+            params["inner"] = {"weight": weight, "bias": jnp.zeros(shape[1:])}
+            width = self._settings.hidden
+        params["head"] = {"weight": jnp.zeros((width, outputs)), "bias": jnp.zeros((outputs,))}
+        return params
+
+    def init_sharded(self, key: Array, policy: Params, mesh: Mesh) -> Params:
+        """`init` where the mesh keeps each parameter; the policy's are not copied."""
+        shardings = shardings_of(self.logical_axes, mesh)
+        return jax.jit(lambda key: self.init(key, {}), out_shardings=shardings)(key)
+
+    def values(
+        self, params: Params, rollout: Rollout, states: Float[Array, "B T D"] | None = None
+    ) -> Float[Array, "B T *Q"]:
+        """The value of each of the policy's states, float32; shapes as `Critic.values`."""
+        if states is None:
+            raise ValueError("a ValueHead reads the policy's hidden states: none were given")
+        x = states if self._settings.shared_gradient else jax.lax.stop_gradient(states)
+        x = x.astype(jnp.float32)
+        if "inner" in params:
+            x = jax.nn.silu(_affine(x, params["inner"]))
+        values = _affine(x, params["head"])
+        return values[..., 0] if self._settings.outputs is None else values
+
+
+def _affine(x: Array, layer: Params) -> Array:
+    return x @ constrain(layer["weight"], None, None) + layer["bias"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from dppo_jax.critic import Critic
+from dppo_jax.critic import Critic, HeadCritic
 from dppo_jax.models.decoder import DecoderConfig
 from dppo_jax.multihost import is_writer
 from dppo_jax.prompts.tokenizers import Tokenizer
@@ -124,7 +124,7 @@ def _check_model_divides(model: DecoderConfig, mesh: Mesh) -> None:
 def check_needs(
     needs: frozenset[Need],
     objective: Objective,
-    critic: Critic | None,
+    critic: Critic | HeadCritic | None,
     tokenizer: Tokenizer,
     mesh: Mesh,
     sampling: SamplingConfig,
@@ -134,6 +134,11 @@ def check_needs(
         raise ValueError(
             "the objective needs the mean log-probability over the vocabulary, which is -inf with "
             "top_k, top_p or min_p: leave them at 0, 1 and 0"
+        )
+    if "last_layer" in needs and sampling.replays:
+        raise ValueError(
+            "the objective needs sums over the whole vocabulary's distribution, which is not what "
+            "top_k, top_p or min_p sample from: leave them at 0, 1 and 0"
         )
     if critic is None:
         if "values" in needs:

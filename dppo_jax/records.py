@@ -19,8 +19,9 @@ FINISH_LENGTH = 0  # the token budget ran out
 FINISH_STOP = 1  # the policy sampled an end token, which is part of the response
 
 # What an objective asks of the training loop beside the rollout and the scored policy: Batch.*_old,
-# Batch.logp_ref, TokenStats.exact_*, TokenStats.uniform_logp, TokenStats.values (and their _old).
-Need = Literal["logp_old", "logp_ref", "exact_divergence", "uniform_logp", "values"]
+# Batch.logp_ref, TokenStats.exact_*, TokenStats.uniform_logp, TokenStats.values (and their _old),
+# TokenStats.last_layer.
+Need = Literal["logp_old", "logp_ref", "exact_divergence", "uniform_logp", "values", "last_layer"]
 
 # How far the loss at a token looks: at what is recorded of that token alone, at the other tokens of
 # its sequence, or at the other sequences of the batch. The last depends on the microbatch split.
@@ -91,6 +92,8 @@ class TokenStats:
     exact_kl: Float[Array, "B T"] | None = None  # KL(rollout policy || current), nats
     uniform_logp: Float[Array, "B T"] | None = None  # mean over the vocabulary of log π(v)
     values: Float[Array, "B T *Q"] | None = None  # the critic's: a number, or Q quantiles
+    # Σ π², Σ π³ over the vocabulary, and the mean square of the hidden state; no gradient
+    last_layer: Float[Array, "B T 3"] | None = None
 
 
 class Mean(NamedTuple):

@@ -1,5 +1,6 @@
 """Parameters and tokens to `TokenStats`: the only softmax in training."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,6 +16,10 @@ from dppo_jax.models.moe import Load, differing_choices
 from dppo_jax.records import Batch, Max, Mean, Metrics, Rollout, TokenLocal, TokenStats
 from dppo_jax.sharding import flatten_tokens, head_layout, unflatten_tokens
 
+# The bound decoder and the hidden state that predicts each response token, [B, T, D] -> fields of
+# TokenStats.
+Also = Callable[[Decoder, Float[Array, "B T D"]], dict[str, Array]]
+
 
 def score(
     model: Model,
@@ -23,6 +28,7 @@ def score(
     *,
     temperature: float,
     rollout_params: Params | None = None,
+    also: Also | None = None,
 ) -> TokenStats:
     """log π(a_t | s_t), log π of the stored top-K ids and the entropy at each response token.
 
@@ -30,10 +36,15 @@ def score(
     these were recorded: the distribution that the sampler drew from. Shapes as in `TokenStats`.
     Padding is attended by nobody. With the parameters that sampled, also the exact divergences from
     their policy, `exact_tv` and `exact_kl`, both sides scored here: numerical mismatch with the
-    sampler is not in them. They carry no gradient.
+    sampler is not in them. They carry no gradient. `also` makes further fields.
     """
     return score_and_routing(
-        model, params, rollout, temperature=temperature, rollout_params=rollout_params
+        model,
+        params,
+        rollout,
+        temperature=temperature,
+        rollout_params=rollout_params,
+        also=also,
     )[0]
 
 
@@ -44,6 +55,7 @@ def score_and_routing(
     *,
     temperature: float,
     rollout_params: Params | None = None,
+    also: Also | None = None,
 ) -> tuple[TokenStats, Metrics]:
     """`score`, and what is known of the routing, where there are experts.
 
@@ -55,6 +67,9 @@ def score_and_routing(
     decoder = model.bind(params)
     hidden, ids, routing = _states_and_ids(decoder, rollout)
     stats = _stats(decoder, hidden, ids, rollout, temperature)
+    if also is not None:
+        states = unflatten_tokens(hidden, *rollout.response_tokens.shape)
+        stats = replace(stats, **also(decoder, states))
     if rollout_params is None:
         return stats, routing
     sampler = model.bind(rollout_params)
@@ -244,6 +259,34 @@ def _uniform_logp(
     rows = jax.lax.stop_gradient(decoder.unembedding_matrix()).astype(jnp.float32)
     hidden, lse = jax.lax.stop_gradient((hidden.astype(jnp.float32), lse))
     return hidden @ rows.mean(axis=0) / temperature - lse
+
+
+def last_layer(
+    decoder: Decoder, states: Float[Array, "B T D"], temperature: float
+) -> Float[Array, "B T 3"]:
+    """Σ_v π(v)², Σ_v π(v)³ and mean(x²) of the hidden state x, float32, without gradient.
+
+    Σ π^n = exp(lse_n - n·lse), lse_n = log Σ_v e^(n·z_v): the head's at temperature / n, so that
+    no logits are kept.
+    """
+    shape = states.shape[:2]
+    hidden = flatten_tokens(jax.lax.stop_gradient(states))
+    unembedding = jax.lax.stop_gradient(decoder.unembedding_matrix())
+    nothing = jnp.zeros((len(hidden), 1), jnp.int32)
+    lse, twice, thrice = (
+        head(
+            hidden,
+            unembedding,
+            nothing,
+            temperature=temperature / power,
+            soft_cap=decoder.config.final_soft_cap,
+            layout=head_layout(),
+        ).lse
+        for power in (1, 2, 3)
+    )
+    square = jnp.mean(jnp.square(hidden.astype(jnp.float32)), axis=-1)
+    found = jnp.exp(twice - 2 * lse), jnp.exp(thrice - 3 * lse), square
+    return unflatten_tokens(jnp.stack(found, axis=-1), *shape)
 
 
 class _Exact(NamedTuple):

@@ -24,7 +24,7 @@ from dppo_jax.checkpoint import Checkpoints, load_params, newest_step, save_para
 from dppo_jax.clusters import Preempted
 from dppo_jax.collect import Asking, Collector
 from dppo_jax.console import Console
-from dppo_jax.critic import Critic, ValueModel
+from dppo_jax.critic import ValueHead, ValueModel
 from dppo_jax.dynamic_sampling import DynamicSampling
 from dppo_jax.evaluate import (
     EvalSet,
@@ -84,7 +84,7 @@ def train(
     reward_penalty: RewardPenalty | None = None,
     reference: InitialPolicy | None = None,
     lora: LoraConfig | None = None,
-    critic: ValueModel | None = None,
+    critic: ValueModel | ValueHead | None = None,
     rollouts: MakeRollouts = Lockstep,
     rollout_policy: RolloutPolicy = current(),  # noqa: B008  immutable
     routing: Literal["native", "replay", "replay_trainer"] = "native",
@@ -138,7 +138,7 @@ def train(
     devices = mesh.build(training_devices)
     share = row_share(devices)
     sampling = dataclasses.replace(sampling, end_ids=(tokenizer.end_id,))
-    valued = None if critic is None else Critic(critic, model)
+    valued = None if critic is None else critic.build(model)
     needs = needs_of(objective, advantage, reward_penalty)
     check_sizes(
         model, tokenizer, sampling, devices, steps, prompts_per_step, minibatches, microbatches,

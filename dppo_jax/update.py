@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from dppo_jax.critic import Critic
-from dppo_jax.models.decoder import Model, Params
+from dppo_jax.critic import Critic, HeadCritic
+from dppo_jax.models.decoder import Decoder, Model, Params
 from dppo_jax.records import (
     Batch,
     Counts,
@@ -24,6 +24,7 @@ from dppo_jax.records import (
 )
 from dppo_jax.scoring import (
     kept_sizes,
+    last_layer,
     loss_and_score,
     mismatch,
     score_and_routing,
@@ -145,7 +146,7 @@ def make_update(
     model: Model,
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    critic: Critic | None = None,
+    critic: Critic | HeadCritic | None = None,
     *,
     temperature: float,
     microbatches: int = 1,
@@ -196,16 +197,23 @@ def make_update(
                 )
                 out = objective.loss(stats, rows)._replace(loss_sum=loss_sum)
             else:
+
+                def also(decoder: Decoder, states: Array) -> dict[str, Array]:
+                    fields = {}
+                    if critic is not None:
+                        fields["values"] = critic.values(value_params, rows.rollout, states)
+                    if "last_layer" in objective.needs:
+                        fields["last_layer"] = last_layer(decoder, states, temperature)
+                    return fields
+
                 stats, routing = score_and_routing(
                     model,
                     params,
                     rows.rollout,
                     temperature=temperature,
                     rollout_params=rollout_params,
+                    also=also,
                 )
-                if critic is not None:
-                    values = critic.values(value_params, rows.rollout)
-                    stats = dataclasses.replace(stats, values=values)
                 out = objective.loss(stats, rows)
             if balance:
                 term = balance * routing["moe/aux_loss"].sum  # type: ignore[union-attr]

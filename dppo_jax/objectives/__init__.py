@@ -22,6 +22,7 @@ from dppo_jax.objectives.baselines import (
     pg_is,
     pg_tis,
 )
+from dppo_jax.objectives.capo import capo
 from dppo_jax.objectives.corrected_methods import grpo_icepop, grpo_mis, grpo_opsm, grpo_tis
 from dppo_jax.objectives.corrections import (
     Correction,
@@ -141,6 +142,7 @@ __all__ = [
     "absolute",
     "balance",
     "bapo",
+    "capo",
     "binary_kl_measure",
     "binary_tv_measure",
     "bounded",

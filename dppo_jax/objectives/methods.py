@@ -119,6 +119,12 @@ METHODS: tuple[Method, ...] = (
     Method(o.rover, "regresses ρ·log π/old on A + the uniform policy's next Q", "2509.24981"),
     Method(o.r2vpo, "penalty λ·(r - 1)², λ by dual ascent", "2601.03320", experimental=True),
     Method(o.minpro, "weight r_t·min of the ratios before", "2601.22718", experimental=True),
+    Method(
+        o.capo,
+        "drops tokens whose own step bodes ill, by last-layer curvature",
+        "2510.00819",
+        experimental=True,
+    ),
     Method(o.grpo_tis, "GRPO at old, tokens weigh min(old/μ, 2)", "verl@1dda039b"),
     Method(o.grpo_mis, "GRPO at old, sequences with Π old/μ > 3 off", "TRL@f2cd57710"),
     Method(o.grpo_icepop, "GRPO at old, tokens with old/μ outside 0.5, 5 off", "NeMo-RL"),

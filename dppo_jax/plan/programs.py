@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dppo_jax.advantages import Estimator
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
-from dppo_jax.critic import Critic, ValueModel
+from dppo_jax.critic import ValueHead, ValueModel
 from dppo_jax.initial_policy import InitialPolicy
 from dppo_jax.kernels.single_pass import chunk_tokens
 from dppo_jax.lora_run import network_of
@@ -46,7 +46,7 @@ class Settings:
     advantage: Estimator
     reward_penalty: RewardPenalty | None
     reference: InitialPolicy | None
-    critic: ValueModel | None
+    critic: ValueHead | ValueModel | None
     lora: LoraConfig | None
     routing: str
     steps: int
@@ -127,7 +127,7 @@ class Step:
             s.max_prompt_tokens, s.rollout_batches,
         )  # fmt: skip
         self.model = network_of(s.model, s.lora)
-        self.critic = None if s.critic is None else Critic(s.critic, s.model)
+        self.critic = None if s.critic is None else s.critic.build(s.model)
         self.needs = needs_of(s.objective, s.advantage, s.reward_penalty)
         self.exact = "exact_divergence" in s.objective.needs
         self._whole, self._rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)

@@ -54,6 +54,12 @@ def make_batch(
         uniform_logp=jnp.asarray(log_pi.mean(-1), jnp.float32),
         exact_tv=jnp.asarray(0.5 * np.abs(mu - np.exp(log_pi)).sum(-1), jnp.float32),
         exact_kl=jnp.asarray((mu * (log_mu - log_pi)).sum(-1), jnp.float32),
+        last_layer=jnp.asarray(
+            np.stack(
+                [np.exp(2 * log_pi).sum(-1), np.exp(3 * log_pi).sum(-1), np.ones((b, t))], axis=-1
+            ),
+            jnp.float32,
+        ),
     )
     per_token = jnp.asarray(np.repeat(advantages[:, None], t, axis=1), jnp.float32)
     old_mean = jnp.asarray(log_old.mean(-1), jnp.float32)

@@ -71,13 +71,14 @@ SCORES = {
     "dppo_topk_kl recomputed": None, "dppo_binary_kl seq mean": None, "cppo": None,
     "dppo_binary_tv horizon": None, "grpo": None, "grpo recomputed": None, "cppo_kl": None,
     "grpo_clip_higher": None, "grpo_relaxed": None, "minirl": None, "minirl_tis": 3.0,
-    "dppo_exact_tv": None, "dppo_exact_kl": None,
+    "dppo_exact_tv": None, "dppo_exact_kl": None, "capo": None,
     "mask_bad_updates": None, "pg_is": None, "pg_tis": 3.0, "trm_max": None, "trm_avg": None,
 }  # fmt: skip
 
 EXEMPT = {
     "on policy it is REINFORCE": {
         "clip_cov": "drops random tokens whatever the policy is",
+        "capo": "drops by curvature, on policy too",
         "rover": "regresses on the advantage: twice as much, and on the next state",
     },
     "moving back is kept": {
@@ -90,6 +91,7 @@ EXEMPT = {
         "bapo": "dual clip",
         "ppo_clip dual": "dual clip",
         "clip_cov": "drops random tokens whatever their direction",
+        "capo": "drops by curvature, whatever their direction",
         "grpo_mis": "drops what is too far from the sampler's policy, on both sides",
         "grpo_mis geometric": "drops what is too far from the sampler's policy, on both sides",
         "grpo_icepop": "drops what is too far from the sampler's policy, on both sides",

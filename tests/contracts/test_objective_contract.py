@@ -66,11 +66,11 @@ def assert_same(left, right, **tolerance):
 def test_says_what_it_needs(variant):
     """What is missing is refused by those who need it, in one line, and by no others."""
     stats, batch = BATCH
-    bare = replace(stats, exact_tv=None, exact_kl=None)
+    bare = replace(stats, exact_tv=None, exact_kl=None, last_layer=None)
     bare_batch = replace(batch, logp_old=None, topk_logp_old=None)
     call = variant.objective.loss
     if variant.objective.needs:
-        with pytest.raises(ValueError, match="logp_old|exact_divergence"):
+        with pytest.raises(ValueError, match="logp_old|exact_divergence|last_layer"):
             jax.eval_shape(call, bare, bare_batch)
     else:
         jax.eval_shape(call, bare, bare_batch)
