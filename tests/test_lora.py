@@ -5,13 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dppo_jax.models.decoder import DecoderConfig, Model
 from dppo_jax.models.lora import LoraConfig, LoraModel, merged
-from dppo_jax.records import Rollout
+from dppo_jax.objectives import dppo_binary_tv
+from dppo_jax.records import Batch, Rollout
 from dppo_jax.sampling.generate import SamplingConfig, generate
 from dppo_jax.scoring import score
+from dppo_jax.update import init_state, make_update
 
 DENSE = DecoderConfig(
     vocab_size=23, width=16, layers=1, heads=2, kv_heads=1, head_size=6, mlp_width=20,
@@ -113,6 +116,27 @@ def test_the_sampler_applies_them_as_the_scorer_does(adapted, prompts):
     scored = jax.jit(lambda p: score(model, p, rollout, temperature=1.0).logp)
     np.testing.assert_allclose(scored(policy), rollout.logp_rollout, atol=2e-5)
     assert jnp.abs(scored(base) - rollout.logp_rollout).max() > 0.1
+
+
+def test_a_step_changes_adapters_alone():
+    """The optimizer knows of nothing else, dropout's masks differ by microbatch, the base stays."""
+    lora = LoraConfig(rank=2, alpha=2.0, targets="q|down", dropout=0.3)
+    model = LoraModel(DENSE, lora)
+    base, adapters = start(model), large(model.abstract_adapters, 0.1)
+    optimizer = optax.adam(1e-2)
+    state = init_state(jax.tree.map(jnp.copy, adapters), optimizer)
+    held = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    assert held == 2 * sum(leaf.size for leaf in jax.tree.leaves(adapters)) + 1
+    update = make_update(model, dppo_binary_tv(), optimizer, temperature=1.0, microbatches=2)
+    batch = Batch(rows(), jnp.asarray([[1.0], [-1.0], [0.5], [-0.5]]) * jnp.ones((4, 4)))
+    kept = jax.tree.map(np.asarray, base)
+    after, metrics = update(state, batch, None, base)
+    close = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.params, adapters)
+    assert jax.tree.structure(after.params) == jax.tree.structure(adapters)
+    assert min(jax.tree.leaves(close)) > 1e-3
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), base, kept))
+    again, _ = update(init_state(jax.tree.map(jnp.copy, adapters), optimizer), batch, None, base)
+    jax.tree.map(np.testing.assert_array_equal, again.params, after.params)
 
 
 def test_dropout_is_in_the_update_alone():

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from dppo_jax.checkpoint import Checkpoints, load_params
 from dppo_jax.metrics import CompilationCounter
 from dppo_jax.models.decoder import DecoderConfig, Model
+from dppo_jax.models.lora import LoraConfig, LoraModel
 from dppo_jax.multihost import to_global_rows
 from dppo_jax.objectives import dppo_topk_tv
 from dppo_jax.optimizer import adamw
-from dppo_jax.records import Batch, Prompts
+from dppo_jax.records import Batch, Prompts, Rollout
 from dppo_jax.sampling.generate import SamplingConfig, generate
 from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
 from dppo_jax.update import init_state, make_update, take_prompts
@@ -38,6 +41,47 @@ def by_name(tree, of):
 
 def pairs(left, right):
     return zip(*map(jax.tree.leaves, (left, right)), strict=True)
+
+
+def adapters_on(mesh) -> dict:
+    """One step of adapters on one device and on all: how far apart, and how they are spread."""
+    model = LoraModel(CONFIG, LoraConfig(rank=4, alpha=4.0, targets=(".*", "unembedding")))
+    rng = np.random.default_rng(0)
+    base, adapters = (
+        jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype("float32"), shapes)
+        for shapes in (model.abstract_params, model.abstract_adapters)
+    )
+    tokens, mask = rng.integers(16, size=(16, 4)), np.ones((16, 4), bool)
+    nothing = np.zeros((16, 4), np.float32)
+    rollout = Rollout(
+        *(tokens[:8, :3].astype("int32"), mask[:8, :3], tokens.astype("int32"), mask),
+        *(nothing - 2.0, nothing[..., None].astype("int32"), nothing[..., None], nothing),
+        np.ones(16, np.int32),
+    )
+    advantages = rng.normal(size=(16, 1)).astype("float32") * mask
+    optimizer = optax.sgd(1.0)
+    update = make_update(model, dppo_topk_tv(delta=2.0), optimizer, temperature=1.0, microbatches=2)
+    alone, _ = update(
+        init_state(jax.tree.map(jnp.asarray, adapters), optimizer),
+        jax.tree.map(jnp.asarray, Batch(rollout, advantages)),
+        None,
+        jax.tree.map(jnp.asarray, base),
+    )
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(adapters, shardings_of(model.adapter_axes, mesh))
+        batch = to_global_rows(Batch(rollout, advantages), batch_sharding(mesh))
+        held = jax.device_put(base, shardings_of(model.logical_axes, mesh))
+        together, _ = update(init_state(spread, optimizer), batch, None, held)
+    trained = jax.device_get((alone.params, together.params))
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *trained)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained[0], adapters)
+    return {
+        "apart": max(jax.tree.leaves(apart)),
+        "moved": min(jax.tree.leaves(moved)),
+        "fractions": by_name(
+            together.params, lambda leaf: leaf.addressable_shards[0].data.size / leaf.size
+        ),
+    }
 
 
 def main(folder: Path) -> dict:
@@ -98,6 +142,7 @@ def main(folder: Path) -> dict:
         "compilations": compilations,
         "response_rows": len(rollout.response_tokens.addressable_shards[0].data),
         "restored_elsewhere": all(same) and all(moved),
+        "adapters": adapters_on(mesh),
     }
 
 

@@ -70,6 +70,15 @@ def test_a_checkpoint_comes_back_on_another_mesh(found):
     assert found["restored_elsewhere"]
 
 
+def test_adapters_step_as_on_one_device(found):
+    """A is split where W's input is, B where its output is, and the step is the same."""
+    adapters = found["adapters"]
+    assert adapters["apart"] < 2e-5 < 1e-3 < adapters["moved"]
+    fractions = adapters["fractions"]
+    assert fractions["['blocks']['q_lora_a']"] == fractions["['blocks']['o_lora_b']"] == 1 / 4
+    assert fractions["['blocks']['q_lora_b']"] == fractions["['blocks']['o_lora_a']"] == 1 / 2
+
+
 @pytest.mark.parametrize("recipe, steps", [("toy_recipe", 3), ("every_term_recipe", 2)])
 def test_eight_devices_train_as_one(dppo, request, recipe, steps, tmp_path):
     """The same draws, losses to 1e-4, over three steps of two gradient steps; also with a critic,
