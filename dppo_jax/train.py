@@ -39,6 +39,7 @@ from dppo_jax.initial_policy import InitialContext, InitialPolicy, hf_folder
 from dppo_jax.masked_tokens import as_json, most_masked
 from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
 from dppo_jax.models.decoder import DecoderConfig, Params
+from dppo_jax.models.fused_attention import described
 from dppo_jax.models.lora import LoraConfig
 from dppo_jax.multihost import is_writer, row_share
 from dppo_jax.partial_rollouts import PartialCollector, PartialRollouts, check_partial
@@ -393,6 +394,7 @@ def train(
         "before": before,
         "after": after,
         "jax": jax.__version__,
+        "attention": described(model),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     if is_writer():

@@ -30,6 +30,8 @@ class DecoderConfig:
     dtype: str = "float32"  # of activations and matrix products; parameters stay float32
     remat: bool = False  # recompute each layer in the backward pass
     remat_policy: str = "nothing_saveable"  # what is kept of it: a name in jax.checkpoint_policies
+    # Of whole sequences: "auto" is splash on TPUs, cuDNN's on GPUs, XLA's operations elsewhere.
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     rope_scaling: RopeScaling | None = None
     window: int | None = None  # a local layer attends to the last `window` tokens, itself included
     local_layers: tuple[bool, ...] = ()  # which layers are local; all of them where empty
@@ -69,6 +71,10 @@ class DecoderConfig:
         if self.load_balancing < 0 or (self.load_balancing and not self.experts):
             raise ValueError(
                 f"load_balancing={self.load_balancing} is for models with experts, at least 0"
+            )
+        if self.attention not in ("auto", "xla", "splash", "cudnn"):
+            raise ValueError(
+                f"attention={self.attention!r}: use 'auto', 'xla', 'splash' or 'cudnn'"
             )
         if self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"activation={self.activation!r}: use 'silu' or 'gelu_tanh'")

@@ -18,6 +18,7 @@ from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.attention import Prefix, attention, soft_capped
 from dppo_jax.models.block import Block, gathered, norm_scale, normed, parameter
 from dppo_jax.models.config import DecoderConfig
+from dppo_jax.models.fused_attention import Columns, choose, row_attention
 from dppo_jax.models.moe import Load
 from dppo_jax.models.ring import split_attention
 from dppo_jax.models.rope import Rope, rotary_table
@@ -184,6 +185,18 @@ def _attention(config: DecoderConfig, q, k, v, mask, window: Window, prefix: Pre
     )  # fmt: skip
 
 
+def _by_kernel(config: DecoderConfig, q, k, v, segments, columns: Columns, window: Window):
+    """The rows' attention by a kernel, or None where XLA's operations are the choice."""
+    name = choose(config).name
+    if name == "xla":
+        return None
+    return row_attention(
+        name, q, k, v, segments.astype(jnp.int32), columns,
+        scale=config.attention_scale, soft_cap=config.attention_soft_cap,
+        window=window, windows=config.windows,
+    )  # fmt: skip
+
+
 def full_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
     """Left-padded sequences at once: hidden [B, S, D], and keys, values [layers, B, S, Hkv, d]."""
     return routed_forward(decoder, tokens, mask)[:2]
@@ -195,9 +208,13 @@ def routed_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array
     def attend(q, k, v, window):
         # Whole rows for whoever attends, where the mesh splits columns.
         q, k, v = (
-            constrain(t, "batch", None, axis, None)[:, None]
+            constrain(t, "batch", None, axis, None)
             for t, axis in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))
         )
+        attended = _by_kernel(decoder.config, q, k, v, mask, Columns(mask.shape[1]), window)
+        if attended is not None:
+            return attended
+        q, k, v = (t[:, None] for t in (q, k, v))
         return _attention(decoder.config, q, k, v, mask[:, None], window)[:, 0]
 
     return _run_layers(decoder, tokens, positions_of(mask), attend)[:3]
@@ -231,7 +248,14 @@ def response_states(
     fed_tokens = response_tokens[:, :-1].reshape(prompts, samples * fed)
     fed_positions = (lengths + positions_of(fed_mask)).reshape(prompts, -1)
 
+    whole_mask = jnp.concatenate([prompt_mask, fed_mask.reshape(prompts, -1)], axis=1)
+
     def attend(q, k, v, window):
+        columns = Columns(length, samples, fed)
+        attended = _by_kernel(decoder.config, q, k, v, whole_mask, columns, window)
+        if attended is not None:
+            return attended
+
         def responses(t):
             return t[:, length:].reshape(prompts, samples, fed, *t.shape[2:])
 

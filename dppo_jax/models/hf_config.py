@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.hf_rope import Json, longest_of, ropes_of, scaling_json
@@ -79,6 +79,7 @@ def config_of(
     remat: bool = False,
     remat_policy: str = "nothing_saveable",
     load_balancing: float = 0.0,
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto",
 ) -> DecoderConfig:
     """The DecoderConfig of a Hugging Face folder, for computation in `dtype`.
 
@@ -92,6 +93,7 @@ def config_of(
         remat=remat,
         remat_policy=remat_policy,
         load_balancing=load_balancing,
+        attention=attention,
     )
 
 
