@@ -128,7 +128,7 @@ def test_a_decoder_with_local_and_global_layers(monkeypatch):
         model = Model(dataclasses.replace(config, attention=name))
 
         def masked(params):
-            found, _ = response_states(model.bind(params), *rows)
+            found, _, _ = response_states(model.bind(params), *rows)
             return jnp.where(response_mask[..., None], found, 0.0)
 
         return jax.jit(masked)(params)
