@@ -9,10 +9,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dppo_jax import packing
 from dppo_jax.advantages import Estimator, estimate, inputs_of, named_inputs
 from dppo_jax.critic import Critic, HeadCritic
 from dppo_jax.models.decoder import Decoder, Model, Params
-from dppo_jax.records import Batch, Mean, Metrics, Need, Objective, Rollout, TrainState
+from dppo_jax.records import (
+    Batch,
+    Mean,
+    Metrics,
+    Need,
+    Objective,
+    Rollout,
+    TokenStats,
+    TrainState,
+)
 from dppo_jax.scoring import score, with_own_routing
 
 # Subtracted from the reward at each token; called with what it names of `PENALTY_INPUTS`, [B, T].
@@ -41,6 +51,7 @@ def make_batch_of(
     *,
     temperature: float,
     replay_own_routing: bool = False,
+    tokens_per_microbatch: int | None = None,
 ) -> Callable[..., tuple[Batch, Metrics]]:
     """(state, reference's parameters, rollout, rewards [P, G]) -> (batch, metrics), jitted.
 
@@ -48,11 +59,18 @@ def make_batch_of(
 
     Whatever must be known before the step's updates is scored here, once: the policy itself, the
     reference and the critic, each only where somebody asks for it. With `replay_own_routing` the
-    batch's rollout gets the experts that the policy's routers choose here.
+    batch's rollout gets the experts that the policy's routers choose here. With
+    `tokens_per_microbatch` the sequences are scored packed, as the update does.
     """
     needs = needs_of(objective, advantage, penalty)
 
-    def fields_of(state, reference, rollout, rewards, base) -> tuple[dict[str, Any], Metrics]:
+    def scored(params, rollout, of, also=None) -> TokenStats:
+        if of is None:
+            return score(model, params, rollout, temperature=temperature, also=also)
+        budget = packing.budget_of(tokens_per_microbatch or 0, rollout)
+        return score_packed(model, params, rollout, of, budget, temperature=temperature)
+
+    def fields_of(state, reference, rollout, rewards, base, of) -> tuple[dict[str, Any], Metrics]:
         fields: dict[str, Any] = {}
         policy = model.policy(state.params, base)
         if replay_own_routing:
@@ -65,7 +83,7 @@ def make_batch_of(
                     return {}
                 return {"values": critic.values(state.critic.params, rollout, states)}
 
-            old = score(model, policy, rollout, temperature=temperature, also=also)
+            old = scored(policy, rollout, of, also)
             fields["values_old"] = old.values
         if needs & {"logp_old", "uniform_logp"}:
             assert old is not None
@@ -75,7 +93,7 @@ def make_batch_of(
         if "logp_ref" in needs:
             # Another policy than the one whose routing is recorded: its own routers choose.
             alone = replace(rollout, prompt_experts=None, experts=None)
-            fields["logp_ref"] = score(model, reference, alone, temperature=temperature).logp
+            fields["logp_ref"] = scored(reference, alone, of).logp
         metrics: Metrics = {}
         lost = None
         if penalty is not None:
@@ -102,10 +120,42 @@ def make_batch_of(
         rewards: Array,
         base: Params | None = None,
     ) -> tuple[Batch, Metrics]:
-        fields, metrics = jitted(state, reference, rollout, rewards, base)
+        of = None
+        if tokens_per_microbatch is not None and needs & {"logp_old", "uniform_logp", "logp_ref"}:
+            of = packing.plan_of(rollout, packing.budget_of(tokens_per_microbatch, rollout))
+        fields, metrics = jitted(state, reference, rollout, rewards, base, of)
         return Batch(**{"rollout": rollout} | fields), metrics
 
     return batch_of
+
+
+def score_packed(
+    model: Model,
+    params: Params,
+    rollout: Rollout,
+    of: packing.Plan,
+    budget: packing.Budget,
+    *,
+    temperature: float,
+) -> TokenStats:
+    """`score` of packed sequences, microbatch by microbatch of the plan."""
+    sequences = len(rollout.response_tokens)
+
+    def part(index):
+        rows = packing.take(rollout, of, index, budget)
+        stats = score(model, params, rows, temperature=temperature)
+        return stats.logp, stats.topk_logp, stats.entropy, stats.uniform_logp
+
+    def add(index, so_far):
+        chosen = jnp.where(of.sequences[index] < 0, sequences, of.sequences[index])
+        place = lambda whole, some: whole.at[chosen].set(some, mode="drop")  # noqa: E731
+        return jax.tree.map(place, so_far, part(index))
+
+    room = jax.tree.map(
+        lambda leaf: jnp.zeros((sequences, *leaf.shape[1:]), leaf.dtype), jax.eval_shape(part, 0)
+    )
+    logp, topk_logp, entropy, even = jax.lax.fori_loop(0, of.count, add, room)
+    return TokenStats(logp, topk_logp, entropy, uniform_logp=even)
 
 
 def _explained(values: Array, returns: Array, mask: Array) -> Array:

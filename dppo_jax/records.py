@@ -39,6 +39,17 @@ class Prompts:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Packing:
+    """Where sequences with a prompt each stand in rows of cells, without their padding."""
+
+    row: Int[Array, " B"]
+    start: Int[Array, " B"]  # the cell of a sequence's first token
+    rows: int = field(metadata={"static": True})
+    columns: int = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Rollout:
     """What the sampler returns. Row b = p*G + g is sample g of prompt p."""
 
@@ -60,6 +71,7 @@ class Rollout:
     # is recorded (a response's last token is never fed): the router chooses there.
     prompt_experts: Int[Array, "P L layers k"] | None = None
     experts: Int[Array, "B T layers k"] | None = None
+    packing: Packing | None = None  # how the model is to see it; put in by the update
 
 
 @jax.tree_util.register_dataclass

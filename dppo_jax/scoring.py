@@ -13,6 +13,7 @@ from dppo_jax.kernels.divergences import Policy, divergences
 from dppo_jax.kernels.head import fused_loss, head
 from dppo_jax.models.decoder import Decoder, Experts, Model, Params, response_states
 from dppo_jax.models.moe import Load, differing_choices
+from dppo_jax.models.packed import Cells, cells_of, packed_states
 from dppo_jax.records import Batch, Max, Mean, Metrics, Rollout, TokenLocal, TokenStats
 from dppo_jax.sharding import flatten_tokens, head_layout, unflatten_tokens
 
@@ -129,10 +130,17 @@ def loss_and_score(
     """
     decoder, rollout = model.bind(params), batch.rollout
     hidden, ids, routing = _states_and_ids(decoder, rollout)
-    weights = flatten_tokens(objective.weights(rollout.response_mask))
+    valid = _flat(rollout.response_mask, rollout)
+    if rollout.packing is not None:
+        valid &= _cells(rollout).token >= 0
+    weights = jnp.where(valid, _flat(objective.weights(rollout.response_mask), rollout), 0.0)
 
     # Flat: JAX fills the rows' structure with placeholders, which a record's fields refuse.
-    leaves, structure = jax.tree.flatten(by_token(batch))
+    alone = by_token(batch)
+    if rollout.packing is not None:
+        token = jnp.maximum(_cells(rollout).token, 0)
+        alone = jax.tree.map(lambda leaf: leaf[token], alone)
+    leaves, structure = jax.tree.flatten(alone)
 
     def losses(terms, rows):
         weights, *leaves = rows
@@ -149,17 +157,16 @@ def loss_and_score(
         temperature=temperature,
         soft_cap=model.config.final_soft_cap,
         stored_gradient=rollout.kept_count is not None,
-        valid=flatten_tokens(rollout.response_mask),
+        valid=valid,
         layout=head_layout(),
     )
-    shape = rollout.response_tokens.shape
-    logp, entropy = (unflatten_tokens(leaf, *shape) for leaf in (terms.logp, terms.entropy))
+    logp, entropy = (_back(leaf, rollout) for leaf in (terms.logp, terms.entropy))
     return total, _as_sampled(logp, entropy, rollout), routing
 
 
 def by_token(batch: Batch) -> Batch:
     """The batch with every response token as a sequence of one, without prompts."""
-    rollout = replace(batch.rollout, prompt_experts=None, experts=None)
+    rollout = replace(batch.rollout, prompt_experts=None, experts=None, packing=None)
     tokens = rollout.response_mask.size
     nothing = jnp.zeros((tokens, 0), jnp.int32)
     repeated = jnp.broadcast_to(rollout.finish_reason[:, None], rollout.response_mask.shape)
@@ -195,13 +202,12 @@ def _stats(
         stored_gradient=rollout.kept_count is not None,
         layout=head_layout(),
     )
-    shape = rollout.response_tokens.shape
-    logp = unflatten_tokens(out.logit_at - out.lse[:, None], *shape)
-    stats = _as_sampled(logp, unflatten_tokens(out.entropy, *shape), rollout)
+    logp = _back(out.logit_at - out.lse[:, None], rollout)
+    stats = _as_sampled(logp, _back(out.entropy, rollout), rollout)
     even = _uniform_logp(decoder, hidden, out.lse, temperature)
     if even is None or rollout.kept_count is not None:
         return stats
-    return replace(stats, uniform_logp=unflatten_tokens(even, *shape))
+    return replace(stats, uniform_logp=_back(even, rollout))
 
 
 def _as_sampled(
@@ -315,25 +321,45 @@ def _exact(
         Policy(hidden, decoder.unembedding_matrix(), *transform),
         layout=head_layout(),
     )
-    shape = rollout.response_tokens.shape
-    return _Exact(unflatten_tokens(between.tv, *shape), unflatten_tokens(between.kl, *shape))
+    return _Exact(_back(between.tv, rollout), _back(between.kl, rollout))
 
 
 def _states(
     decoder: Decoder, rollout: Rollout
-) -> tuple[Float[Array, "B T D"], Experts | None, Load | None]:
-    """The state that predicts each response token; the routing is the rollout's, if it has one."""
+) -> tuple[Float[Array, "N D"], Experts | None, Load | None]:
+    """The state that predicts each response token, flat, or each cell of packed rows; the routing
+    is the rollout's, if it has one."""
     recorded = None
     if rollout.experts is not None and rollout.prompt_experts is not None:
         recorded = Experts(rollout.prompt_experts, rollout.experts)
-    return response_states(
-        decoder,
+    tokens = (
         rollout.prompt_tokens,
         rollout.prompt_mask,
         rollout.response_tokens,
         rollout.response_mask,
-        recorded,
     )
+    if rollout.packing is not None:
+        return packed_states(decoder, *tokens, rollout.packing, recorded)
+    hidden, native, load = response_states(decoder, *tokens, recorded)
+    return flatten_tokens(hidden), native, load
+
+
+def _cells(rollout: Rollout) -> Cells:
+    assert rollout.packing is not None
+    return cells_of(rollout.prompt_mask, rollout.response_mask, rollout.packing)
+
+
+def _flat(leaf: Array, rollout: Rollout) -> Array:
+    """[B, T, ...] -> [N, ...], what the model's states predict; anything where that is nothing."""
+    flat = flatten_tokens(leaf)
+    return flat if rollout.packing is None else flat[jnp.maximum(_cells(rollout).token, 0)]
+
+
+def _back(flat: Array, rollout: Rollout) -> Array:
+    """[N, ...] -> [B, T, ...]."""
+    if rollout.packing is None:
+        return unflatten_tokens(flat, *rollout.response_tokens.shape)
+    return flat[jnp.minimum(_cells(rollout).predicting, len(flat) - 1)]
 
 
 def _states_and_ids(
@@ -342,7 +368,7 @@ def _states_and_ids(
     """The state that predicts each response token; its id and the stored top-K's; the routing."""
     hidden, native, load = _states(decoder, rollout)
     ids = jnp.concatenate([rollout.response_tokens[..., None], rollout.topk_ids], axis=-1)
-    return flatten_tokens(hidden), flatten_tokens(ids), _routing(rollout, native, load)
+    return hidden, _flat(ids, rollout), _routing(rollout, native, load)
 
 
 def _routing(rollout: Rollout, native: Experts | None, load: Load | None) -> Metrics:
@@ -361,6 +387,17 @@ def _routing(rollout: Rollout, native: Experts | None, load: Load | None) -> Met
     (asked, of_asked), (answered, of_answered) = counts
     share = Mean(asked + answered, of_asked + of_answered)
     return balance | {"routing/differing_fraction": share, "mismatch/experts": share}
+
+
+def padding(rollout: Rollout) -> Metrics:
+    """`update/padding_fraction`: the share of the columns, or cells, that hold no token."""
+    (asked, length), (answered, columns) = rollout.prompt_mask.shape, rollout.response_mask.shape
+    cells = asked * length + answered * (columns - 1)
+    if rollout.packing is not None:
+        cells = rollout.packing.rows * rollout.packing.columns
+    tokens = jnp.sum(rollout.prompt_mask) + jnp.sum(rollout.response_mask[:, 1:])
+    empty = cells - tokens.astype(jnp.float32)
+    return {"update/padding_fraction": Mean(empty, jnp.float32(cells))}
 
 
 def mismatch(stats: TokenStats, rollout: Rollout) -> Metrics:

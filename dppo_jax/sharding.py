@@ -227,6 +227,14 @@ def check_divides(
             )
 
 
+def batch_shards() -> int:
+    """How many pieces the mesh that is set splits the rows of a batch into; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in axes_of("batch", mesh, "compute"))
+
+
 def head_layout() -> Layout | None:
     """How hidden states and unembedding lie on the mesh that is set; None on a single device.
 

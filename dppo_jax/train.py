@@ -80,6 +80,7 @@ def train(
     overlap: overlaps.Policy = "warn",
     minibatches: int = 1,
     microbatches: int = 1,
+    tokens_per_microbatch: int | None = None,
     reward_model: RewardModel | None = None,
     advantage: Estimator = group_mean_baseline,
     reward_penalty: RewardPenalty | None = None,
@@ -109,16 +110,17 @@ def train(
     """Trains a policy and returns what `summary.json` holds.
 
     A step samples `sampling.samples_per_prompt` responses to each of `prompts_per_step` prompts and
-    takes `minibatches` gradient steps over them, each accumulated over `microbatches`. `rollouts`
+    takes `minibatches` gradient steps over them, each accumulated over `microbatches`, or over as
+    many packed ones of `tokens_per_microbatch` as the sequences need. `rollouts`
     makes what samples; it is asked in `rollout_batches` parts, each graded while the next is
     sampled, and with `dynamic_sampling` for more prompts where groups have no spread; with
     `partial_rollouts` what is unfinished goes on in the next step. With `async_depth` the next step
     is sampled during this one by parameters so many steps old, with `sampler_devices` on so many
     devices of its own. A `reward_model` judges the training answers beside the verifier, those of
     no evaluation. A `workdir` that holds a run is
-    resumed at its newest checkpoint. Evaluation over `eval_sets` (where None:
-    the first `eval_prompts` of the data set's `eval_split`) happens before, every `eval_every`
-    steps (0: never) and after. Problems that they share with training are told, or refused.
+    resumed at its newest checkpoint. Evaluation over `eval_sets` (where None: the first
+    `eval_prompts` of the data set's `eval_split`) happens before, every `eval_every` steps (0:
+    never) and after. Problems that they share with training are told, or refused.
     `reference` is what KL terms are measured from: by default the policy that the run starts with.
     With `lora` only adapters are trained, and the default reference is the policy without them.
     Experts are chosen anew at each forward pass (`routing` "native"), or the sampler's are replayed
@@ -199,17 +201,13 @@ def train(
     initial_key, sampling_key = jax.random.split(key)
     temperature = sampling.temperature
     update = make_update(
-        network, objective, optimizer, valued, temperature=temperature, microbatches=microbatches
-    )
+        network, objective, optimizer, valued, temperature=temperature,
+        microbatches=microbatches, tokens_per_microbatch=tokens_per_microbatch,
+    )  # fmt: skip
     batch_of = make_batch_of(
-        network,
-        objective,
-        advantage,
-        reward_penalty,
-        valued,
-        temperature=temperature,
-        replay_own_routing=routing == "replay_trainer",
-    )
+        network, objective, advantage, reward_penalty, valued, temperature=temperature,
+        replay_own_routing=routing == "replay_trainer", tokens_per_microbatch=tokens_per_microbatch,
+    )  # fmt: skip
     choose = jax.jit(rollout_policy.choose, donate_argnums=0)
     foresee = jax.jit(lambda *now: rollout_policy.choose(*now)[0])
     tightness = make_tightness(network, sampling.temperature, parts=minibatches * microbatches)

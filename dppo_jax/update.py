@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from dppo_jax import packing
 from dppo_jax.critic import Critic, HeadCritic
 from dppo_jax.models.decoder import Decoder, Model, Params
+from dppo_jax.packing import Budget
 from dppo_jax.records import (
     Batch,
     Counts,
     LossSum,
+    Max,
     Mean,
     Metrics,
     Objective,
@@ -27,6 +30,7 @@ from dppo_jax.scoring import (
     last_layer,
     loss_and_score,
     mismatch,
+    padding,
     score_and_routing,
     tightness,
 )
@@ -110,6 +114,37 @@ def accumulate(
     return jax.tree.map(lambda g: g * scale, grads), total
 
 
+def accumulate_packed(
+    loss_of: Callable[[Any, Any], LossSum], params: Any, rows: Any, of: packing.Plan, budget: Budget
+) -> tuple[Any, LossSum]:
+    """`accumulate` over the packed microbatches of a plan: as many as it uses, compiled once."""
+
+    def value_and_grad(index):
+        def scalar(p):
+            out = loss_of(p, packing.take(rows, of, index, budget))
+            return out.loss_sum, out
+
+        (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(params)
+        return grads, out
+
+    def add(index, so_far):
+        grads, total = so_far
+        more, out = value_and_grad(index)
+        both = jax.tree.map(lambda *pair: jnp.stack(pair), total, out)
+        sums = jnp.sum(both.loss_sum), jnp.sum(both.weight_sum)
+        total = LossSum(*sums, fold_metrics(both.metrics))
+        return jax.tree.map(jnp.add, grads, more), total
+
+    shapes = jax.eval_shape(value_and_grad, 0)
+    empty, nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    for name, metric in nothing.metrics.items():
+        if isinstance(metric, Max):
+            nothing.metrics[name] = Max(jnp.full_like(metric.value, -jnp.inf))
+    grads, total = jax.lax.fori_loop(0, of.count, add, (empty, nothing))
+    scale = 1.0 / jnp.where(total.weight_sum > 0, total.weight_sum, 1.0)
+    return jax.tree.map(lambda g: g * scale, grads), total
+
+
 def gradient_step(
     state: TrainState,
     loss_of: Callable[[Params, Any], LossSum],
@@ -150,6 +185,7 @@ def make_update(
     *,
     temperature: float,
     microbatches: int = 1,
+    tokens_per_microbatch: int | None = None,
 ) -> Update:
     """The jitted (state, batch) -> (state, metrics); the given state's buffers are reused.
 
@@ -160,7 +196,11 @@ def make_update(
     first step after a rollout, with the policy's movement on top in later ones.
     With LoRA the state's parameters are the adapters; the base, a fourth argument, is not donated.
     `DecoderConfig.load_balancing` adds so much of each microbatch's `moe/aux_loss` to the loss.
+    With `tokens_per_microbatch` the sequences are packed into rows of that many tokens in all, a
+    prompt beside each of its responses, and there are as many microbatches as they need.
     """
+    if tokens_per_microbatch is not None:
+        check_packing(objective, critic, microbatches)
 
     # What else an objective may need is not among the terms that the single pass hands out.
     plain = objective.next_state is None and objective.needs <= {"logp_old", "logp_ref"}
@@ -174,6 +214,7 @@ def make_update(
         batch: Batch,
         rollout_params: Params | None = None,
         base: Params | None = None,
+        of: packing.Plan | None = None,
     ) -> tuple[TrainState, Metrics]:
         if exact != (rollout_params is not None):
             raise ValueError(
@@ -219,13 +260,17 @@ def make_update(
                 term = balance * routing["moe/aux_loss"].sum  # type: ignore[union-attr]
                 out = out._replace(loss_sum=out.loss_sum + term * out.weight_sum)
             more = mismatch(stats, rows.rollout) | kept_sizes(rows.rollout) | routing
-            return out._replace(metrics=out.metrics | more)
+            return out._replace(metrics=out.metrics | more | padding(rows.rollout))
 
         trained = (state.params, () if critic is None else state.critic.params)
         # A seed for each prompt, so that every microbatch drops out units of its own.
         drawn = jax.random.key(state.step), (len(batch.rollout.prompt_tokens),)
         rows = batch, jax.random.bits(*drawn) if dropout else ()
-        (grads, value_grads), total = accumulate(loss_of, trained, rows, microbatches)
+        if of is None:
+            (grads, value_grads), total = accumulate(loss_of, trained, rows, microbatches)
+        else:
+            budget = packing.budget_of(tokens_per_microbatch or 0, batch.rollout)
+            (grads, value_grads), total = accumulate_packed(loss_of, trained, rows, of, budget)
         after, norms = apply_gradient(state, grads, optimizer, "update")
         metrics = total.metrics | _total(total) | norms
         if critic is not None:
@@ -241,7 +286,37 @@ def make_update(
             after = dataclasses.replace(after, objective_state=carried)
         return after, metrics
 
-    return jax.jit(update, donate_argnums=0)
+    jitted = jax.jit(update, donate_argnums=0)
+    if tokens_per_microbatch is None:
+        return jitted
+
+    def packed_update(
+        state: TrainState,
+        batch: Batch,
+        rollout_params: Params | None = None,
+        base: Params | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        budget = packing.budget_of(tokens_per_microbatch, batch.rollout)
+        of = packing.plan_of(batch.rollout, budget)
+        return jitted(state, batch, rollout_params, base, of)
+
+    return packed_update
+
+
+def check_packing(objective: Objective, critic: Critic | None, microbatches: int) -> None:
+    """Refuses what packed sequences do not go with."""
+    if microbatches != 1:
+        raise ValueError(
+            f"tokens_per_microbatch and microbatches={microbatches}: the tokens decide how many "
+            "microbatches there are; leave that at 1"
+        )
+    if objective.scope == "batch":
+        raise ValueError(
+            "tokens_per_microbatch splits a prompt's samples, and this objective looks at other "
+            "sequences of the batch: leave it out"
+        )
+    if critic is not None:
+        raise ValueError("tokens_per_microbatch does not pack a critic's sequences: leave it out")
 
 
 def make_tightness(

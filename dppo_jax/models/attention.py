@@ -109,6 +109,7 @@ def attention(
     v: Float[Array, "P G S Hkv d"],
     key_mask: Bool[Array, "P G S"],
     prefix: Prefix | None = None,
+    segments: Int[Array, "P G S"] | None = None,
     *,
     scale: float,
     soft_cap: float | None = None,
@@ -116,7 +117,8 @@ def attention(
 ) -> Float[Array, "P G S Hd"]:
     """softmax(q·k·scale)·v over the sequence so far, after the prefix that its group shares.
 
-    Keys that a mask leaves out are attended by nobody; with a `window` a query sees that many
+    Keys that a mask leaves out are attended by nobody, those of another of the `segments` by none
+    but their own; with a `window` a query sees that many
     columns, its own the last. The first half of the queries meets the first half of the keys only:
     a quarter of the square that causality forbids is never computed.
     """
@@ -126,6 +128,8 @@ def attention(
     q = q.transpose(0, 3, 1, 4, 2, 5)
     k, v = (t.transpose(0, 3, 1, 2, 4) for t in (k, v))
     allowed = jnp.tril(jnp.ones((length, length), bool)) & key_mask[:, :, None, :]
+    if segments is not None:
+        allowed &= segments[..., :, None] == segments[..., None, :]
     if window is not None:
         allowed &= _distance(length, length) < window
     bias = bias_of(allowed)[:, None, :, None]

@@ -19,7 +19,7 @@ from dppo_jax.models.attention import Prefix, attention, soft_capped
 from dppo_jax.models.block import Block, gathered, norm_scale, normed, parameter
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.fused_attention import Columns, choose, row_attention
-from dppo_jax.models.moe import Load
+from dppo_jax.models.moe import Experts, Load
 from dppo_jax.models.ring import split_attention
 from dppo_jax.models.rope import Rope, rotary_table
 from dppo_jax.sharding import constrain, flatten_tokens, sequence_shards, unflatten_tokens
@@ -114,22 +114,7 @@ def _kinds(config: DecoderConfig) -> _Kind | None:
     )
 
 
-class Experts(NamedTuple):
-    """The experts of each fed token in each layer; negative where there is no such token."""
-
-    prompt: Int[Array, "P L layers k"]
-    response: Int[Array, "B T layers k"]
-
-    def only(self, prompt_mask: Bool[Array, "P L"], response_mask: Bool[Array, "B T"]) -> "Experts":
-        """Those of the tokens that another token follows, -1 at all others."""
-        followed = jnp.pad(response_mask[:, 1:], ((0, 0), (0, 1)))
-        return Experts(
-            jnp.where(prompt_mask[..., None, None], self.prompt, -1),
-            jnp.where(followed[..., None, None], self.response, -1),
-        )
-
-
-def _run_layers(
+def run_layers(
     decoder: Decoder,
     tokens: Int[Array, "P N"],
     positions: Int[Array, "P N"],
@@ -178,9 +163,9 @@ def _run_layers(
     return unflatten_tokens(decoder.normed(x), *tokens.shape), keys_values, native, load
 
 
-def _attention(config: DecoderConfig, q, k, v, mask, window: Window, prefix: Prefix | None = None):
+def _attention(config: DecoderConfig, q, k, v, mask, window, prefix=None, segments=None):
     return attention(
-        q, k, v, mask, prefix,
+        q, k, v, mask, prefix, segments,
         scale=config.attention_scale, soft_cap=config.attention_soft_cap, window=window,
     )  # fmt: skip
 
@@ -190,11 +175,27 @@ def _by_kernel(config: DecoderConfig, q, k, v, segments, columns: Columns, windo
     name = choose(config).name
     if name == "xla":
         return None
-    return row_attention(
-        name, q, k, v, segments.astype(jnp.int32), columns,
-        scale=config.attention_scale, soft_cap=config.attention_soft_cap,
-        window=window, windows=config.windows,
-    )  # fmt: skip
+    options = dict(soft_cap=config.attention_soft_cap, window=window, windows=config.windows)
+    rows = q, k, v, segments.astype(jnp.int32), columns
+    return row_attention(name, *rows, scale=config.attention_scale, **options)
+
+
+def row_attend(config: DecoderConfig, segments: Int[Array, "P N"]) -> Attend:
+    """Each token of a row to those before it in its own segment; segment 0 is padding."""
+
+    def attend(q, k, v, window):
+        # Whole rows for whoever attends, where the mesh splits columns.
+        q, k, v = (
+            constrain(t, "batch", None, axis, None)
+            for t, axis in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))
+        )
+        attended = _by_kernel(config, q, k, v, segments, Columns(segments.shape[1]), window)
+        if attended is not None:
+            return attended
+        q, k, v, own = (t[:, None] for t in (q, k, v, segments))
+        return _attention(config, q, k, v, own > 0, window, segments=own)[:, 0]
+
+    return attend
 
 
 def full_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
@@ -205,19 +206,8 @@ def full_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array, 
 def routed_forward(decoder: Decoder, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
     """`full_forward`, and each token's experts [B, S, layers, k]; None where there are none."""
 
-    def attend(q, k, v, window):
-        # Whole rows for whoever attends, where the mesh splits columns.
-        q, k, v = (
-            constrain(t, "batch", None, axis, None)
-            for t, axis in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))
-        )
-        attended = _by_kernel(decoder.config, q, k, v, mask, Columns(mask.shape[1]), window)
-        if attended is not None:
-            return attended
-        q, k, v = (t[:, None] for t in (q, k, v))
-        return _attention(decoder.config, q, k, v, mask[:, None], window)[:, 0]
-
-    return _run_layers(decoder, tokens, positions_of(mask), attend)[:3]
+    attend = row_attend(decoder.config, mask.astype(jnp.int32))
+    return run_layers(decoder, tokens, positions_of(mask), attend)[:3]
 
 
 def response_states(
@@ -272,7 +262,7 @@ def response_states(
         theirs = replayed.response[:, :-1]
         theirs = theirs.reshape(prompts, samples * fed, *theirs.shape[2:])
         experts = jnp.concatenate([replayed.prompt, theirs], axis=1)
-    hidden, _, native, load = _run_layers(
+    hidden, _, native, load = run_layers(
         decoder,
         jnp.concatenate([prompt_tokens, fed_tokens], axis=1),
         jnp.concatenate([positions_of(prompt_mask), fed_positions], axis=1),
@@ -339,7 +329,7 @@ def _split_response_states(
     experts = None
     if replayed is not None:
         experts = rows(replayed.prompt, shifted(replayed.prompt[:, -1], replayed.response))
-    hidden, _, native, load = _run_layers(
+    hidden, _, native, load = run_layers(
         decoder,
         rows(prompt_tokens, shifted(prompt_tokens[:, -1], response_tokens)),
         rows(positions_of(prompt_mask), last + positions_of(fed_mask)),

@@ -84,6 +84,21 @@ def route(
     return Routing(gates, chosen, native, p)
 
 
+class Experts(NamedTuple):
+    """The experts of each fed token in each layer; negative where there is no such token."""
+
+    prompt: Int[Array, "P L layers k"]
+    response: Int[Array, "B T layers k"]
+
+    def only(self, prompt_mask: Bool[Array, "P L"], response_mask: Bool[Array, "B T"]) -> "Experts":
+        """Those of the tokens that another token follows, -1 at all others."""
+        followed = jnp.pad(response_mask[:, 1:], ((0, 0), (0, 1)))
+        return Experts(
+            jnp.where(prompt_mask[..., None, None], self.prompt, -1),
+            jnp.where(followed[..., None, None], self.response, -1),
+        )
+
+
 def stored_ids(experts: int) -> jnp.dtype:
     """The smallest type that holds an expert's id, and -1 for none."""
     return jnp.dtype(jnp.int8 if experts <= 128 else jnp.int16)

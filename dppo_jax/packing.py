@@ -1,0 +1,126 @@
+"""Packed rows: several sequences side by side in a row of cells, in place of columns of padding.
+
+A plan is made on the host from the sequences' lengths, and always has the same shapes: the number
+of microbatches in use is a value, so that no step compiles anew.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from dppo_jax.records import Batch, Packing, Rollout
+from dppo_jax.sharding import batch_shards, constrain
+
+MOST_IN_A_ROW = 16  # sequences: what an objective sees of a microbatch has room for so many
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The cells of a microbatch: `rows` rows, each with room for the longest sequence."""
+
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, tokens: int, longest: int, shards: int = 1) -> "Budget":
+        """As many rows of `longest` cells as `tokens` allow, a multiple of `shards`."""
+        rows = tokens // longest // shards * shards
+        if rows < 1:
+            raise ValueError(
+                f"tokens_per_microbatch={tokens} holds no {shards} rows of the longest prompt and "
+                f"response, {longest} tokens: set at least {shards * longest}"
+            )
+        return cls(rows, longest)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """Which sequences go where: microbatch m has those of `sequences[m]`; -1 is none."""
+
+    sequences: Int[Array, "M S"]
+    row: Int[Array, "M S"]
+    start: Int[Array, "M S"]  # the cell of its first token
+    count: Int[Array, ""]  # microbatches in use
+
+
+def budget_of(tokens: int, rollout: Rollout) -> Budget:
+    """The budget of a rollout's columns on the mesh that is set."""
+    longest = rollout.prompt_mask.shape[1] + rollout.response_mask.shape[1] - 1
+    return Budget.of(tokens, longest, batch_shards())
+
+
+def plan_of(rollout: Rollout, budget: Budget) -> Plan:
+    """`plan` of a rollout's sequences, whose lengths are fetched."""
+    return plan(np.asarray(jax.jit(cells_needed)(rollout)), budget)
+
+
+def plan(lengths: Int[np.ndarray, " B"], budget: Budget) -> Plan:
+    """The longest first, each into the first row that has room; rows fill microbatches in order.
+
+    `lengths` are in cells, none above `budget.columns`.
+    """
+    free = np.full(len(lengths), budget.columns)
+    held = np.zeros(len(lengths), int)
+    row, start = np.zeros(len(lengths), int), np.zeros(len(lengths), int)
+    for sequence in np.argsort(-lengths, kind="stable"):
+        found = np.argmax((free >= lengths[sequence]) & (held < MOST_IN_A_ROW))
+        row[sequence], start[sequence] = found, budget.columns - free[found]
+        free[found] -= lengths[sequence]
+        held[found] += 1
+    used = int(np.sum(held > 0))
+    microbatches, slots = -(-len(lengths) // budget.rows), budget.rows * MOST_IN_A_ROW
+    slots = min(slots, len(lengths))
+    sequences = np.full((microbatches, slots), -1, np.int32)
+    rows, starts = np.zeros_like(sequences), np.zeros_like(sequences)
+    for m in range(-(-used // budget.rows)):
+        inside = np.flatnonzero(row // budget.rows == m)
+        sequences[m, : len(inside)] = inside
+        rows[m, : len(inside)] = row[inside] % budget.rows
+        starts[m, : len(inside)] = start[inside]
+    count = np.int32(-(-used // budget.rows))
+    return Plan(*map(jnp.asarray, (sequences, rows, starts, count)))
+
+
+def cells_needed(rollout: Rollout) -> Int[Array, " B"]:
+    """Each sequence's tokens but the last, which predicts nothing; at least its prompt's."""
+    samples = len(rollout.response_tokens) // len(rollout.prompt_tokens)
+    asked = jnp.repeat(jnp.sum(rollout.prompt_mask, axis=1), samples)
+    return constrain(asked + jnp.sum(rollout.response_mask[:, 1:], axis=1), None)
+
+
+def take(rows: Any, of: Plan, index: int | Int[Array, ""], budget: Budget) -> Any:
+    """The sequences of a microbatch, each with a prompt of its own, and where they stand.
+
+    `rows` holds a Batch or a Rollout, and arrays that lead with P prompts or with P*G sequences.
+    """
+    sequences, row, start = (leaf[index] for leaf in (of.sequences, of.row, of.start))
+    total = max(len(leaf) for leaf in jax.tree.leaves(rows))
+    chosen = jnp.maximum(sequences, 0)
+
+    def gathered(leaf):
+        return constrain(leaf[chosen // (total // len(leaf))], "batch")
+
+    def placed(rollout: Rollout) -> Rollout:
+        real = (sequences >= 0)[:, None]
+        fields = vars(rollout) | dict(
+            prompt_mask=rollout.prompt_mask & real,
+            response_mask=rollout.response_mask & real,
+            packing=Packing(row, start, budget.rows, budget.columns),
+        )
+        return Rollout(**fields)
+
+    def found(part):
+        if isinstance(part, Rollout):
+            return placed(part)
+        if isinstance(part, Batch):
+            return Batch(**vars(part) | {"rollout": placed(part.rollout)})
+        return part
+
+    records = (Batch, Rollout)
+    taken = jax.tree.map(gathered, rows)
+    return jax.tree.map(found, taken, is_leaf=lambda node: isinstance(node, records))
