@@ -175,9 +175,11 @@ def _by_kernel(config: DecoderConfig, q, k, v, segments, columns: Columns, windo
     name = choose(config).name
     if name == "xla":
         return None
-    options = dict(soft_cap=config.attention_soft_cap, window=window, windows=config.windows)
-    rows = q, k, v, segments.astype(jnp.int32), columns
-    return row_attention(name, *rows, scale=config.attention_scale, **options)
+    c, ids = config, segments.astype(jnp.int32)
+    return row_attention(
+        name, q, k, v, ids, columns, scale=c.attention_scale, soft_cap=c.attention_soft_cap,
+        window=window, windows=c.windows,
+    )  # fmt: skip
 
 
 def row_attend(config: DecoderConfig, segments: Int[Array, "P N"]) -> Attend:
@@ -237,11 +239,10 @@ def response_states(
     fed_mask = response_mask[:, :-1].reshape(prompts, samples, fed)
     fed_tokens = response_tokens[:, :-1].reshape(prompts, samples * fed)
     fed_positions = (lengths + positions_of(fed_mask)).reshape(prompts, -1)
-
-    whole_mask = jnp.concatenate([prompt_mask, fed_mask.reshape(prompts, -1)], axis=1)
+    whole_mask = jnp.concatenate([prompt_mask, fed_mask.reshape(prompts, samples * fed)], axis=1)
+    columns = Columns(length, samples, fed)
 
     def attend(q, k, v, window):
-        columns = Columns(length, samples, fed)
         attended = _by_kernel(decoder.config, q, k, v, whole_mask, columns, window)
         if attended is not None:
             return attended
@@ -268,7 +269,7 @@ def response_states(
         jnp.concatenate([positions_of(prompt_mask), fed_positions], axis=1),
         attend,
         experts,
-        jnp.concatenate([prompt_mask, fed_mask.reshape(prompts, samples * fed)], axis=1),
+        whole_mask,
     )
     first = jnp.repeat(hidden[:, length - 1], samples, axis=0)
     states = jnp.concatenate([first[:, None], hidden[:, length:].reshape(batch, fed, -1)], axis=1)
