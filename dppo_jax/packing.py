@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from dppo_jax.records import Batch, Packing, Rollout
-from dppo_jax.sharding import batch_shards, constrain
+from dppo_jax.models.packed import Cells, cells_of
+from dppo_jax.records import Batch, Mean, Metrics, Packing, Rollout
+from dppo_jax.sharding import batch_shards, constrain, flatten_tokens, unflatten_tokens
 
 MOST_IN_A_ROW = 16  # sequences: what an objective sees of a microbatch has room for so many
 
@@ -124,3 +125,32 @@ def take(rows: Any, of: Plan, index: int | Int[Array, ""], budget: Budget) -> An
     records = (Batch, Rollout)
     taken = jax.tree.map(gathered, rows)
     return jax.tree.map(found, taken, is_leaf=lambda node: isinstance(node, records))
+
+
+def cells(rollout: Rollout) -> Cells:
+    assert rollout.packing is not None
+    return cells_of(rollout.prompt_mask, rollout.response_mask, rollout.packing)
+
+
+def flat(leaf: Array, rollout: Rollout) -> Array:
+    """[B, T, ...] -> [N, ...], what the model's states predict; anything where that is nothing."""
+    flat = flatten_tokens(leaf)
+    return flat if rollout.packing is None else flat[jnp.maximum(cells(rollout).token, 0)]
+
+
+def back(flat: Array, rollout: Rollout) -> Array:
+    """[N, ...] -> [B, T, ...]."""
+    if rollout.packing is None:
+        return unflatten_tokens(flat, *rollout.response_tokens.shape)
+    return flat[jnp.minimum(cells(rollout).predicting, len(flat) - 1)]
+
+
+def padding(rollout: Rollout) -> Metrics:
+    """`update/padding_fraction`: the share of the columns, or cells, that hold no token."""
+    (asked, length), (answered, columns) = rollout.prompt_mask.shape, rollout.response_mask.shape
+    cells = asked * length + answered * (columns - 1)
+    if rollout.packing is not None:
+        cells = rollout.packing.rows * rollout.packing.columns
+    tokens = jnp.sum(rollout.prompt_mask) + jnp.sum(rollout.response_mask[:, 1:])
+    empty = cells - tokens.astype(jnp.float32)
+    return {"update/padding_fraction": Mean(empty, jnp.float32(cells))}

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dppo_jax import divergence
+from dppo_jax import divergence, packing
 from dppo_jax.kernels.divergences import Policy, divergences
 from dppo_jax.kernels.head import fused_loss, head
 from dppo_jax.models.decoder import Decoder, Experts, Model, Params, response_states
 from dppo_jax.models.moe import Load, differing_choices
-from dppo_jax.models.packed import Cells, cells_of, packed_states
+from dppo_jax.models.packed import packed_states
 from dppo_jax.records import Batch, Max, Mean, Metrics, Rollout, TokenLocal, TokenStats
 from dppo_jax.sharding import flatten_tokens, head_layout, unflatten_tokens
 
@@ -69,8 +69,7 @@ def score_and_routing(
     hidden, ids, routing = _states_and_ids(decoder, rollout)
     stats = _stats(decoder, hidden, ids, rollout, temperature)
     if also is not None:
-        states = unflatten_tokens(hidden, *rollout.response_tokens.shape)
-        stats = replace(stats, **also(decoder, states))
+        stats = replace(stats, **also(decoder, packing.back(hidden, rollout)))
     if rollout_params is None:
         return stats, routing
     sampler = model.bind(rollout_params)
@@ -130,15 +129,15 @@ def loss_and_score(
     """
     decoder, rollout = model.bind(params), batch.rollout
     hidden, ids, routing = _states_and_ids(decoder, rollout)
-    valid = _flat(rollout.response_mask, rollout)
+    valid = packing.flat(rollout.response_mask, rollout)
     if rollout.packing is not None:
-        valid &= _cells(rollout).token >= 0
-    weights = jnp.where(valid, _flat(objective.weights(rollout.response_mask), rollout), 0.0)
+        valid &= packing.cells(rollout).token >= 0
+    weights = jnp.where(valid, packing.flat(objective.weights(rollout.response_mask), rollout), 0.0)
 
     # Flat: JAX fills the rows' structure with placeholders, which a record's fields refuse.
     alone = by_token(batch)
     if rollout.packing is not None:
-        token = jnp.maximum(_cells(rollout).token, 0)
+        token = jnp.maximum(packing.cells(rollout).token, 0)
         alone = jax.tree.map(lambda leaf: leaf[token], alone)
     leaves, structure = jax.tree.flatten(alone)
 
@@ -160,7 +159,7 @@ def loss_and_score(
         valid=valid,
         layout=head_layout(),
     )
-    logp, entropy = (_back(leaf, rollout) for leaf in (terms.logp, terms.entropy))
+    logp, entropy = (packing.back(leaf, rollout) for leaf in (terms.logp, terms.entropy))
     return total, _as_sampled(logp, entropy, rollout), routing
 
 
@@ -202,12 +201,12 @@ def _stats(
         stored_gradient=rollout.kept_count is not None,
         layout=head_layout(),
     )
-    logp = _back(out.logit_at - out.lse[:, None], rollout)
-    stats = _as_sampled(logp, _back(out.entropy, rollout), rollout)
+    logp = packing.back(out.logit_at - out.lse[:, None], rollout)
+    stats = _as_sampled(logp, packing.back(out.entropy, rollout), rollout)
     even = _uniform_logp(decoder, hidden, out.lse, temperature)
     if even is None or rollout.kept_count is not None:
         return stats
-    return replace(stats, uniform_logp=_back(even, rollout))
+    return replace(stats, uniform_logp=packing.back(even, rollout))
 
 
 def _as_sampled(
@@ -321,7 +320,7 @@ def _exact(
         Policy(hidden, decoder.unembedding_matrix(), *transform),
         layout=head_layout(),
     )
-    return _Exact(_back(between.tv, rollout), _back(between.kl, rollout))
+    return _Exact(packing.back(between.tv, rollout), packing.back(between.kl, rollout))
 
 
 def _states(
@@ -344,31 +343,13 @@ def _states(
     return flatten_tokens(hidden), native, load
 
 
-def _cells(rollout: Rollout) -> Cells:
-    assert rollout.packing is not None
-    return cells_of(rollout.prompt_mask, rollout.response_mask, rollout.packing)
-
-
-def _flat(leaf: Array, rollout: Rollout) -> Array:
-    """[B, T, ...] -> [N, ...], what the model's states predict; anything where that is nothing."""
-    flat = flatten_tokens(leaf)
-    return flat if rollout.packing is None else flat[jnp.maximum(_cells(rollout).token, 0)]
-
-
-def _back(flat: Array, rollout: Rollout) -> Array:
-    """[N, ...] -> [B, T, ...]."""
-    if rollout.packing is None:
-        return unflatten_tokens(flat, *rollout.response_tokens.shape)
-    return flat[jnp.minimum(_cells(rollout).predicting, len(flat) - 1)]
-
-
 def _states_and_ids(
     decoder: Decoder, rollout: Rollout
 ) -> tuple[Float[Array, "N D"], Int[Array, "N J"], Metrics]:
     """The state that predicts each response token; its id and the stored top-K's; the routing."""
     hidden, native, load = _states(decoder, rollout)
     ids = jnp.concatenate([rollout.response_tokens[..., None], rollout.topk_ids], axis=-1)
-    return hidden, _flat(ids, rollout), _routing(rollout, native, load)
+    return hidden, packing.flat(ids, rollout), _routing(rollout, native, load)
 
 
 def _routing(rollout: Rollout, native: Experts | None, load: Load | None) -> Metrics:
@@ -387,17 +368,6 @@ def _routing(rollout: Rollout, native: Experts | None, load: Load | None) -> Met
     (asked, of_asked), (answered, of_answered) = counts
     share = Mean(asked + answered, of_asked + of_answered)
     return balance | {"routing/differing_fraction": share, "mismatch/experts": share}
-
-
-def padding(rollout: Rollout) -> Metrics:
-    """`update/padding_fraction`: the share of the columns, or cells, that hold no token."""
-    (asked, length), (answered, columns) = rollout.prompt_mask.shape, rollout.response_mask.shape
-    cells = asked * length + answered * (columns - 1)
-    if rollout.packing is not None:
-        cells = rollout.packing.rows * rollout.packing.columns
-    tokens = jnp.sum(rollout.prompt_mask) + jnp.sum(rollout.response_mask[:, 1:])
-    empty = cells - tokens.astype(jnp.float32)
-    return {"update/padding_fraction": Mean(empty, jnp.float32(cells))}
 
 
 def mismatch(stats: TokenStats, rollout: Rollout) -> Metrics:

@@ -30,7 +30,6 @@ from dppo_jax.scoring import (
     last_layer,
     loss_and_score,
     mismatch,
-    padding,
     score_and_routing,
     tightness,
 )
@@ -260,7 +259,7 @@ def make_update(
                 term = balance * routing["moe/aux_loss"].sum  # type: ignore[union-attr]
                 out = out._replace(loss_sum=out.loss_sum + term * out.weight_sum)
             more = mismatch(stats, rows.rollout) | kept_sizes(rows.rollout) | routing
-            return out._replace(metrics=out.metrics | more | padding(rows.rollout))
+            return out._replace(metrics=out.metrics | more | packing.padding(rows.rollout))
 
         trained = (state.params, () if critic is None else state.critic.params)
         # A seed for each prompt, so that every microbatch drops out units of its own.
@@ -303,7 +302,9 @@ def make_update(
     return packed_update
 
 
-def check_packing(objective: Objective, critic: Critic | None, microbatches: int) -> None:
+def check_packing(
+    objective: Objective, critic: Critic | HeadCritic | None, microbatches: int
+) -> None:
     """Refuses what packed sequences do not go with."""
     if microbatches != 1:
         raise ValueError(
