@@ -31,6 +31,33 @@ class RolloutPolicy(NamedTuple):
     last: bool = False  # stores parameters in a form that no other policy takes
 
 
+def chooser(policy: RolloutPolicy) -> Callable[..., tuple[Params, State]]:
+    """`policy.choose` as one program that donates the state.
+
+    Parameters that the policy hands on are given back themselves: a program's results are copies.
+    """
+    structure: Any = None
+    handed_on: list[int | None] = []  # of each leaf: which given one it is
+
+    def changed(state, params, step, key):
+        nonlocal structure, handed_on
+        given = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves(params))}
+        chosen, state = policy.choose(state, params, step, key)
+        leaves, structure = jax.tree.flatten(chosen)
+        handed_on = [given.get(id(leaf)) for leaf in leaves]
+        return [leaf for leaf in leaves if id(leaf) not in given], state
+
+    program = jax.jit(changed, donate_argnums=0)
+
+    def choose(state, params, step, key):
+        made, state = program(state, params, step, key)
+        given, new = jax.tree.leaves(params), iter(made)
+        leaves = [next(new) if index is None else given[index] for index in handed_on]
+        return jax.tree.unflatten(structure, leaves), state
+
+    return choose
+
+
 def current() -> RolloutPolicy:
     """The trainer's parameters themselves: what differs is numerical alone."""
     return _mapped(lambda params, key: params)

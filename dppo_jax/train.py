@@ -51,7 +51,7 @@ from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Objective, TrainState
 from dppo_jax.reward_model import RewardModel, Scorer
 from dppo_jax.rewards.verdicts import Verifier, check_examples
-from dppo_jax.rollout_policy import RolloutPolicy, chained, current, stale
+from dppo_jax.rollout_policy import RolloutPolicy, chained, chooser, current, stale
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sampling.rollouts import Lockstep, MakeRollouts, RolloutContext
 from dppo_jax.sharding import MeshConfig
@@ -111,16 +111,16 @@ def train(
 
     A step samples `sampling.samples_per_prompt` responses to each of `prompts_per_step` prompts and
     takes `minibatches` gradient steps over them, each accumulated over `microbatches`, or over as
-    many packed ones of `tokens_per_microbatch` as the sequences need. `rollouts`
-    makes what samples; it is asked in `rollout_batches` parts, each graded while the next is
-    sampled, and with `dynamic_sampling` for more prompts where groups have no spread; with
-    `partial_rollouts` what is unfinished goes on in the next step. With `async_depth` the next step
-    is sampled during this one by parameters so many steps old, with `sampler_devices` on so many
-    devices of its own. A `reward_model` judges the training answers beside the verifier, those of
-    no evaluation. A `workdir` that holds a run is
-    resumed at its newest checkpoint. Evaluation over `eval_sets` (where None: the first
-    `eval_prompts` of the data set's `eval_split`) happens before, every `eval_every` steps (0:
-    never) and after. Problems that they share with training are told, or refused.
+    many packed ones of `tokens_per_microbatch` as the sequences need. `rollouts` makes what
+    samples; it is asked in `rollout_batches` parts, each graded while the next is sampled, and with
+    `dynamic_sampling` for more prompts where groups have no spread; with `partial_rollouts` what is
+    unfinished goes on in the next step. With `async_depth` the next step is sampled during this one
+    by parameters so many steps old, with `sampler_devices` on so many devices of its own. A
+    `reward_model` judges the training answers beside the verifier, those of no evaluation. A
+    `workdir` that holds a run is resumed at its newest checkpoint. Evaluation over `eval_sets`
+    (where None: the first `eval_prompts` of the data set's `eval_split`) happens before, every
+    `eval_every` steps (0: never) and after. Problems that they share with training are told, or
+    refused.
     `reference` is what KL terms are measured from: by default the policy that the run starts with.
     With `lora` only adapters are trained, and the default reference is the policy without them.
     Experts are chosen anew at each forward pass (`routing` "native"), or the sampler's are replayed
@@ -208,7 +208,7 @@ def train(
         network, objective, advantage, reward_penalty, valued, temperature=temperature,
         replay_own_routing=routing == "replay_trainer", tokens_per_microbatch=tokens_per_microbatch,
     )  # fmt: skip
-    choose = jax.jit(rollout_policy.choose, donate_argnums=0)
+    choose = chooser(rollout_policy)
     foresee = jax.jit(lambda *now: rollout_policy.choose(*now)[0])
     tightness = make_tightness(network, sampling.temperature, parts=minibatches * microbatches)
     exact = "exact_divergence" in objective.needs

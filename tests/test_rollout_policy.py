@@ -60,6 +60,24 @@ def test_chained_policies_follow_each_other():
     jax.tree.map(np.testing.assert_array_equal, chosen, expected)
 
 
+def test_what_a_policy_hands_on_is_not_copied():
+    params = {"base": {"w": jnp.ones(3)}, "adapters": {"w": jnp.zeros(2)}}
+    key = jax.random.key(0)
+    choose = rp.chooser(rp.current())
+    for step in range(2):
+        chosen, state = choose((), params, step, key)
+        assert chosen["base"]["w"] is params["base"]["w"]
+        assert chosen["adapters"]["w"] is params["adapters"]["w"]
+    policy = rp.stale(1)
+    choose, state = rp.chooser(policy), policy.init(params)
+    for step, expected in enumerate((0.0, 0.0, 1.0)):
+        chosen, state = choose(
+            state, params | {"adapters": {"w": jnp.full(2, float(step))}}, step, key
+        )
+        assert chosen["base"]["w"] is params["base"]["w"]
+        np.testing.assert_array_equal(chosen["adapters"]["w"], expected)
+
+
 def test_bad_values():
     with pytest.raises(ValueError, match="at least 1 step old"):
         rp.stale(0)

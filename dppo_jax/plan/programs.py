@@ -222,7 +222,7 @@ class Step:
     @property
     def _while_sampling(self) -> float:
         """Bytes a device of what waits while responses are drawn."""
-        # Where the policy hands on what it was given, jit makes no copy.
+        # Where the policy hands on what it was given, there is no copy (`rollout_policy.chooser`).
         jaxpr = jax.make_jaxpr(self.settings.rollout_policy.choose)(*self._choice())
         own = set(map(id, jaxpr.jaxpr.outvars)) <= set(map(id, jaxpr.jaxpr.invars))
         trained = bytes_of(self.state) + bytes_of(self.base)
