@@ -87,6 +87,8 @@ class Console:
     def table(self, title: str, rows: Mapping[str, str]) -> None:
         """Two columns under a title."""
         table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")  # a path is of no use without its end
         for name, value in rows.items():
             table.add_row(name, value)
         self._rich.print(table)

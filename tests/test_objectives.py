@@ -244,7 +244,7 @@ def test_metrics_by_hand():
     np.testing.assert_allclose([maxima["ratio/max"], maxima["divergence/max"]], [2.5, 0.3])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     log_mu=st.floats(-12, -0.0078125, width=32),
     log_pi=st.floats(-12, -0.0078125, width=32),

@@ -83,6 +83,15 @@ def test_loops_products_and_transfers_by_hand():
     assert total.roofline(slow) == total.sent  # transfers take longer than the work beside them
 
 
+def test_an_attribute_of_many_lines_ends_no_computation():
+    """As XLA prints the metadata of splash attention."""
+    attribute = ' frontend_attributes={m={\n"xprof_metadata":"{}"\n}}, metadata={op_name="x"}'
+    broken = BY_HAND.replace("%zero = s32[] constant(0)", "%zero = s32[] constant(0)," + attribute)
+    assert broken != BY_HAND
+    total, _ = costs_of(broken, V5P, unknown_trips=3)
+    assert total == costs_of(BY_HAND, V5P, unknown_trips=3)[0]
+
+
 @pytest.mark.parametrize("layers", [1, 7])
 def test_flops_of_a_compiled_scan_grow_with_its_length(layers):
     width, rows = 48, 32

@@ -44,7 +44,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             if header := _HEADER.match(line):
                 current = computations.setdefault(header[2], {})
                 entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # that ends an attribute
             current = None
         elif instruction := _instruction(line):
             current[instruction.name] = instruction

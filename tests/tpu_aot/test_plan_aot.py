@@ -58,6 +58,7 @@ def test_an_unknown_slice_lists_the_known_ones():
     assert "known of v5p: 2x2x1, 2x2x2" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_work_falls_with_the_number_of_chips():
     """4 and 8 chips: as many prompts a gradient step, then half as many a chip."""
     longer = ["MAX_NEW_TOKENS=64", "MAX_PROMPT_TOKENS=8", "MINIBATCHES=2"]
