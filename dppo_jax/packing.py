@@ -50,7 +50,15 @@ class Plan:
 
 
 def budget_of(tokens: int, rollout: Rollout) -> Budget:
-    """The budget of a rollout's columns on the mesh that is set."""
+    """The budget of a rollout's columns on the mesh that is set.
+
+    ValueError where that splits columns: packed rows are whole on their devices.
+    """
+    if dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1) > 1:
+        raise ValueError(
+            "tokens_per_microbatch packs whole rows, and the mesh's sequence axis splits them: "
+            "leave tokens_per_microbatch out, or set sequence to 1"
+        )
     longest = rollout.prompt_mask.shape[1] + rollout.response_mask.shape[1] - 1
     return Budget.of(tokens, longest, batch_shards())
 
