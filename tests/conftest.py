@@ -1,6 +1,7 @@
 """Shared by all tests: a tiny model, a tiny recipe, and the command line called in process."""
 
 import contextlib
+import gc
 import io
 import os
 from collections.abc import Callable
@@ -74,6 +75,16 @@ objectives.with_reference_kl.estimator = @objectives.k3_plus
 train.train.reward_penalty = @objectives.reference_kl_penalty
 objectives.reference_kl_penalty.coefficient = 0.1
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_dropped():
+    """Compiled programs map memory; past the 65,530 maps of a Linux process it crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
