@@ -35,7 +35,7 @@ def obedient(example: Example, response: str, finished: bool) -> Verdict:
         case "memory":
             held = []
             while True:
-                held.append(bytearray(2**26))
+                held.append(bytes(2**26))  # untouched: a busy kernel takes seconds for pages
         case "fork":
             os.fork()
         case "subprocess":
@@ -60,3 +60,12 @@ def starts_processes(example: Example, response: str, finished: bool) -> Verdict
     """Leaves a process behind, as it may."""
     process = subprocess.Popen(["sleep", "1000"])
     return Verdict(1.0, str(process.pid), "started one")
+
+
+@isolated(Limits(seconds=5.0, waiting_seconds=0.6))
+def works_a_little(example: Example, response: str, finished: bool) -> Verdict:
+    """Computes for 0.2 s of its own processor time, which is well within both limits."""
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    return Verdict(1.0, None, "done")

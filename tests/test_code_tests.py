@@ -72,7 +72,7 @@ def test_partial_credit_and_answers_without_code():
 )
 def test_what_a_program_may_not_use(program, reason):
     test = {"inputs": [""], "outputs": ["fine"]}
-    verdict = judged(program, test, seconds=1.0, total_seconds=2.0, memory_mb=128, output_kb=64)
+    verdict = judged(program, test, seconds=1.0, total_seconds=1.0, memory_mb=128, output_kb=64)
     assert verdict.score == 0 and reason in verdict.reason
 
 

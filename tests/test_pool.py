@@ -1,5 +1,6 @@
 """The worker pool: whatever a verifier does costs its own task, and nothing outlives the run."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import hostile_verifiers
 import pytest
 
 from dppo_jax.prompts.examples import Example
+from dppo_jax.rewards.code import code_tests
 from dppo_jax.rewards.pool import Pool
 from dppo_jax.rewards.verdicts import Limits, Verdict, declared, grade, in_worker, isolated
 from dppo_jax.rewards.verifiers import numeric_answer
@@ -39,6 +41,9 @@ HARM = {
 KILLS = len(HARM) - 4
 
 
+WORK = "import time\nwhile time.process_time() < 0.2: pass\nprint('done')"
+
+
 def judged(pool: Pool, responses: list[str], verifier=hostile_verifiers.obedient) -> list[Verdict]:
     count = len(responses)
     return pool.grade(verifier, [EXAMPLE] * count, responses, [True] * count)
@@ -64,7 +69,7 @@ def running(pid: int) -> bool:
 
 
 def wait_until_gone(pids: set[int]) -> set[int]:
-    for _ in range(100):
+    for _ in range(600):
         if not (left := {pid for pid in pids if running(pid)}):
             break
         time.sleep(0.05)
@@ -126,6 +131,39 @@ def test_the_shared_pool_is_chosen_by_declaration(caplog):
     ]
 
 
+def test_a_wait_for_a_processor_is_not_the_verifiers():
+    """Six others want the only processor: 0.2 s of work take over a second, the limit is 0.6 s."""
+    mine = os.sched_getaffinity(0)
+    busy = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    others: list[subprocess.Popen] = []
+    try:
+        os.sched_setaffinity(0, {min(mine)})  # what is started from here on inherits it
+        with Pool(1) as pool:
+            judged(pool, [""], hostile_verifiers.works_a_little)
+            # Sessions of their own: the kernel shares a processor out among sessions.
+            others = [
+                subprocess.Popen(busy, stdout=subprocess.PIPE, start_new_session=True)
+                for _ in range(6)
+            ]
+            for other in others:
+                assert other.stdout is not None and other.stdout.readline()
+            start = time.monotonic()
+            (verdict,) = judged(pool, [""], hostile_verifiers.works_a_little)
+            assert time.monotonic() - start > 0.6, "nothing was waited for"
+            assert (verdict.score, verdict.failure) == (1.0, ""), verdict.reason
+            (verdict,) = pool.grade(
+                functools.partial(code_tests, seconds=0.15, require_isolation=False),
+                [Example("q", "", '{"inputs": [""], "outputs": ["done"]}', "")],
+                [f"```python\n{WORK}\n```"], [True],
+            )  # fmt: skip
+            assert verdict.score == 1, verdict.reason
+    finally:
+        os.sched_setaffinity(0, mine)
+        for other in others:
+            other.kill()
+            other.communicate()
+
+
 def test_processes_that_a_verifier_may_start_do_not_outlive_it():
     with Pool(1) as pool:
         verdicts = judged(pool, ["", ""], hostile_verifiers.starts_processes)
@@ -173,13 +211,17 @@ def test_nothing_outlives_the_run(end):
         from dppo_jax.rewards.pool import Pool
         from dppo_jax.prompts.examples import Example
         from dppo_jax.rewards.verdicts import in_worker
+        from test_pool import descendants
         example, slow = Example("q", "", "42", ""), in_worker(hostile_verifiers.obedient,
             waiting_seconds=1000.0)
         pool = Pool(2)
         pool.grade(slow, [example], ["42"], [True])
         job = (slow, [example] * 4, ["sleep", "daemon", "sleep", "sleep"], [True] * 4)
         threading.Thread(target=pool.grade, args=job, daemon=True).start()
-        time.sleep(1)
+        for _ in range(300):
+            time.sleep(0.1)
+            if len(descendants(pool._process.pid)) >= 3:  # two that sleep, and the daemon's child
+                break
         print(pool._process.pid, flush=True)
         if sys.argv[1] == "SIGKILL":
             time.sleep(1000)

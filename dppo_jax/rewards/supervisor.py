@@ -60,11 +60,27 @@ class _Worker:
         theirs.close()
         self.batch: deque[Task] = deque()
         self.since = 0.0  # when the first task of the batch was begun
+        self._unserved = 0.0  # seconds without a processor until then
 
     def send(self, batch: Sequence[Task]) -> None:
         self.batch.extend(batch)
-        self.since = time.monotonic()
+        self.begin()
         self.connection.send(list(batch))
+
+    def begin(self) -> None:
+        """The first task of the batch begins now."""
+        self.since, self._unserved = time.monotonic(), worker.unserved_seconds(self.pid)
+
+    def late(self, seconds: float) -> bool:
+        """Whether the first task is not done after so long.
+
+        A wait for a processor does not count, nor one for this process to read the verdict: a
+        machine that is busy must not cost a task its score.
+        """
+        spent = time.monotonic() - self.since
+        if spent <= seconds or self.connection.poll():
+            return False
+        return spent - (worker.unserved_seconds(self.pid) - self._unserved) > seconds
 
     def dead(self) -> bool:
         """Whether it ended and all it said was read; its children may hold the pipe open."""
@@ -151,7 +167,7 @@ class Supervisor:
                     left -= self._bury(mine, verdicts, waiting, None)
                     continue
                 assert row == mine.batch.popleft().row
-                mine.since = time.monotonic()
+                mine.begin()
                 verdicts[row] = verdict
                 left -= 1
                 if verdict.failure == "crash":  # it says so and leaves; who is next is not to blame
@@ -160,9 +176,9 @@ class Supervisor:
                     mine.batch.clear()
                     self._bury(mine, verdicts, waiting, None)
             for mine in [w for w in self.workers if w.batch]:
-                late = time.monotonic() - mine.since > self.limits.waiting_seconds
+                seconds = self.limits.waiting_seconds
+                late = mine.late(seconds)
                 if late or mine.dead():
-                    seconds = self.limits.waiting_seconds
                     why = failed("timeout", f"no verdict within {seconds:g} s") if late else None
                     killed += 1
                     left -= self._bury(mine, verdicts, waiting, why)

@@ -76,14 +76,30 @@ def die_with_parent(parent: int) -> None:
         os._exit(0)
 
 
+def children_of(pid: int) -> set[int]:
+    """A process's children, adopted ones too."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return {int(child) for child in file.read().split()}
+    except OSError:  # it has gone, or a kernel that does not list them
+        return set()
+
+
+def unserved_seconds(pid: int) -> float:
+    """How long a process was ready to run and had no processor, in all its life.
+
+    0 where the kernel does not say: then a wall limit is what it is.
+    """
+    try:
+        with open(f"/proc/{pid}/schedstat") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
 def kill_children(spare: Sequence[int] = ()) -> None:
     """Kills this process's children, adopted ones too, and takes their exit statuses."""
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            children = [int(child) for child in file.read().split()]
-    except OSError:  # a kernel that does not list them
-        return
-    for child in set(children) - set(spare):
+    for child in children_of(os.getpid()) - set(spare):
         try:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
