@@ -93,11 +93,12 @@ def bench_step(
     kv_heads: int = 0,
     experts: int = 0,
     experts_per_token: int = 0,
-    data: int = 1,
+    data: int = 0,
 ) -> dict[str, Any]:
     """Times the parts of a DPPO-Binary-TV step on random weights; nothing ends early.
 
-    All devices take part: `data` copies of the parameters, each split over the devices that remain.
+    All devices take part: `data` copies of the parameters (0: one on each device of a CPU, else
+    one in all), each split over the devices that remain.
 
     With `kv_heads` (0: as many as heads) the model is Qwen3's, with `experts` Qwen3-MoE's, of MLPs
     of `mlp` each.
@@ -137,6 +138,8 @@ def bench_step(
         max_new_tokens=response_length, samples_per_prompt=samples, top_k_capture=top_k
     )
     settings.check(vocab)
+    if data == 0:
+        data = jax.device_count() if jax.default_backend() == "cpu" else 1
     mesh = MeshConfig(data=data).build()
     check_divides(mesh, "batch", {"prompts / microbatches": prompts // microbatches})
     peak_before = matmul_peak()

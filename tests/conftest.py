@@ -133,7 +133,7 @@ def compiled_programs_are_kept(tmp_path_factory):
 def dppo() -> Callable[..., Finished]:
     """The command line in this process: dppo("train", recipe, ...) -> status and output."""
 
-    command.start_jax = lambda *_: None  # its settings are the process's; tests have their own
+    command.start_jax = lambda *_, **__: None  # its settings are the process's
 
     def run(*arguments: object) -> Finished:
         out, err, status = io.StringIO(), io.StringIO(), 0

@@ -1,6 +1,9 @@
 """What `dppo bench` prints, and the flops that it divides by."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -80,6 +83,17 @@ def test_bench_step(dppo, monkeypatch):
     assert result["tokens_per_second"] == pytest.approx(4 * 4 / result["seconds"])
     # embedding 16 x 8 (tied), one layer, three norms of 8
     assert result["shape"]["parameters"] == 128 + LAYER + 24
+
+
+def test_a_cpu_becomes_two_devices_where_nobody_said_otherwise():
+    start = "from dppo_jax.verbs import command; command.start_jax(cpu_devices=2)"
+    counted = f"{start}; import jax; print(jax.device_count())"
+    asked = "--xla_force_host_platform_device_count=3"
+    for flags, devices in (("", min(2, os.cpu_count() or 1)), (asked, 3)):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        run = [sys.executable, "-c", counted]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == str(devices), done.stderr
 
 
 def test_bench_step_for_people(capsys):

@@ -61,13 +61,18 @@ def cluster_of(options: argparse.Namespace) -> Cluster | None:
     )
 
 
-def start_jax(options: argparse.Namespace | None = None) -> None:
+def start_jax(options: argparse.Namespace | None = None, cpu_devices: int = 1) -> None:
     """Sets what the compiler should know of the platform, and keeps compiled programs for the next
     call and, on a CPU, freed memory for the next step.
 
-    Joins the other processes where `options` tell of some.
+    Joins the other processes where `options` tell of some. A CPU becomes `cpu_devices` devices,
+    at most one a core; what XLA_FLAGS say of that wins.
     """
     if _cpu_only():
+        count, flags = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
+        if cpu_devices > 1 and count not in flags:
+            devices = min(cpu_devices, os.cpu_count() or 1)
+            os.environ["XLA_FLAGS"] = f"{flags} {count}={devices}".strip()
         # Before jax is imported: the allocator's settings bind only what has not been set up yet.
         from dppo_jax.allocator import keep_freed_memory
 
