@@ -111,10 +111,10 @@ def gather_rows(rows: np.ndarray) -> np.ndarray:
     """Every process's host rows, in the order of the processes; each may have another number."""
     if jax.process_count() == 1:
         return rows
-    counts = np.asarray(multihost_utils.process_allgather(np.array(len(rows))))
+    counts = _gathered(np.array(len(rows)))
     padded = np.zeros((int(counts.max()), *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
-    every = np.asarray(multihost_utils.process_allgather(padded))
+    every = _gathered(padded)
     return np.concatenate([part[:count] for part, count in zip(every, counts, strict=True)])
 
 
@@ -122,7 +122,14 @@ def gather_parts(rows: np.ndarray, share: RowShare) -> np.ndarray:
     """The rows of every part [count, rows, ...] as its leader has them; all of one shape."""
     if jax.process_count() == 1:
         return rows[None]
-    return np.asarray(multihost_utils.process_allgather(rows))[list(share.leaders)]
+    return _gathered(rows)[list(share.leaders)]
+
+
+def _gathered(array: np.ndarray) -> np.ndarray:
+    """Every process's array [processes, ...], as bytes: JAX would make 32 bits of 64."""
+    octets = np.ascontiguousarray(array).reshape(*array.shape, 1).view(np.uint8)
+    every = np.ascontiguousarray(multihost_utils.process_allgather(octets))
+    return every.view(array.dtype)[..., 0]
 
 
 def any_process(here: bool) -> bool:

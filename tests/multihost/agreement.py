@@ -48,6 +48,7 @@ def main(process: int, port: str, folder: Path) -> None:
         found["made"] = (folder / "made").exists()
     found["any"] = [multihost.any_process(flag) for flag in (False, process == 1)]
     found["gathered"] = multihost.gather_rows(np.arange(process + 1) + 10 * process).tolist()
+    found["exact"] = multihost.gather_rows(np.array([[1 / 3 + process]])).tolist()
     found["rows"] = {
         name: round_trip(sizes)
         for name, sizes in {

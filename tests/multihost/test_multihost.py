@@ -170,6 +170,7 @@ def test_processes_agree(tmp_path):
         assert each["said"] == [["a", "b"], ["c", "d"]]
         assert each["made"] and each["any"] == [False, True]
         assert each["gathered"] == [0, 10, 11]
+        assert each["exact"] == [[1 / 3], [1 / 3 + 1]]
         assert each["same"] == each["shared"] == ""
         assert "process 1 (" in each["other"] and "another configuration" in each["other"]
         assert "process 1 (" in each["apart"] and "put --workdir on a file" in each["apart"]
