@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
 # Trains on Google Kubernetes Engine as a JobSet, on TPU slices or on NVIDIA nodes.
 #
-#   launch/gke.sh RECIPE --on v5p:4x4x4 --image IMAGE (--bucket BUCKET | --claim PVC) [--dry-run]
-#                 [--name NAME] [--slices 1] [--spot] [--restarts 50] [--secret dppo]
-#                 [--xpk CLUSTER] [-- options of `dppo train`]
+#   launch/gke.sh RECIPE --on v5p:4x4x4 --image IMAGE (--bucket BUCKET | --claim PVC | --xpk CLUSTER)
+#                 [--dry-run] [--name NAME] [--slices 1] [--spot] [--restarts 50] [--secret dppo]
+#                 [-- options of `dppo train`]
 #
 # --on is written as for `dppo plan`: v4, v5p, 7x, v5e, v6e with a topology; a100, h100, h200 with a
 # number of GPUs. The run goes to NAME in a Cloud Storage bucket (by the cluster's FUSE driver; give it
-# a hierarchical namespace, which renames a checkpoint's folder at once), or in a claim that many pods
-# can mount. A preempted or failed run starts again from its newest
-# checkpoint. Tokens come from a Kubernetes Secret, where there is one:
+# a hierarchical namespace, which renames a checkpoint's folder at once, and let the pods' service
+# account write it), or in a claim that many pods can mount. A preempted or failed run starts again
+# from its newest checkpoint, one with bad input does not. Tokens come from a Kubernetes Secret, where
+# there is one:
 #
 #   printf 'HF_TOKEN=%s\n' "$HF_TOKEN" | kubectl create secret generic dppo --from-env-file=/dev/stdin
 #
-# --dry-run prints the YAML; --xpk submits it as a workload of xpk's instead, whose pods get no Secret.
+# --dry-run prints the YAML. `kubectl delete jobset NAME` ends the run behind a checkpoint. --xpk submits
+# a workload of xpk's instead: its pods get no Secret, and keep the run in what the cluster mounts:
+#
+#   xpk storage attach runs --cluster CLUSTER --type gcsfuse --bucket BUCKET --size 1000 \
+#     --mount-point /runs --auto-mount true --readonly false
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/pods.sh"
@@ -43,7 +48,7 @@ done
 [[ $recipe ]] || fail "give a recipe (--help shows how)"
 [[ $on && $image ]] || fail "give --on and --image"
 [[ $image =~ ^[A-Za-z0-9./:@_-]+$ ]] || fail "--image '$image' is no name of an image"
-check_recipe "$recipe"
+check_recipe_of_image "$recipe"
 check_number --slices "$slices"
 check_number --restarts "$restarts"
 check_no_secret "${options[@]+"${options[@]}"}"
@@ -51,19 +56,26 @@ hardware "$on"
 name=${name:-$(basename "$recipe" .gin | tr '[:upper:]_.' '[:lower:]--' | cut -c1-40)}
 check_name "$name"
 check_name "$secret"
-[[ $bucket || $claim || $cluster ]] || fail "give --bucket or --claim, where the run is kept"
-[[ ! $bucket || ! $claim ]] || fail "--bucket or --claim, not both"
+case ${bucket:+b}${claim:+c}${cluster:+x} in
+b | c) check_program kubectl ;;
+x) check_program xpk ;;
+'') fail "give --bucket or --claim, where the run is kept" ;;
+*x) fail "--xpk keeps the run in what its cluster mounts at /runs (--help): no --bucket or --claim" ;;
+*) fail "--bucket or --claim, not both" ;;
+esac
 [[ ${bucket:-a} =~ ^[a-z0-9][a-z0-9._-]*$ ]] || fail "--bucket '$bucket': its name, without gs://"
 [[ ${claim:-a} =~ ^[a-z0-9][a-z0-9.-]*$ ]] || fail "--claim '$claim' is no name of a claim"
 
-# A run that was asked to stop ends with status 0: not complete, it must be started again.
 command=(dppo train "$recipe" --workdir "/runs/$name" "${options[@]+"${options[@]}"}")
-shell="\"\$@\" && { [ -f /runs/$name/summary.json ] || exit 75; }"
+shell=$(pod_shell "/runs/$name")
 
 if [[ $cluster ]]; then
+  type=$(accelerator_type)
   run xpk workload create --cluster "$cluster" --workload "$name" --num-slices "$slices" \
-    --tpu-type "$(accelerator_type)" --docker-image "$image" --max-restarts "$restarts" \
-    --command "$(printf '%q ' "${command[@]}")&& { [ -f /runs/$name/summary.json ] || exit 75; }"
+    --tpu-type "$type" --docker-image "$image" ${spot:+--spot} --env JAX_PLATFORMS=tpu,cpu \
+    --max-restarts "$restarts" --restart-on-exit-codes 1,75 \
+    --termination-grace-period-seconds 300 \
+    --command "bash -c $(printf '%q ' "$shell" bash "${command[@]}")"
   exit
 fi
 
@@ -91,11 +103,16 @@ machines() {
   esac
   resource=google.com/tpu selector="cloud.google.com/gke-tpu-accelerator: $accelerator
               cloud.google.com/gke-tpu-topology: $topology"
-  # On TPUs JAX finds the others by what GKE tells each pod.
-  environment=''
+  # On TPUs JAX finds the others by what GKE tells each pod. A pod without its chips must fail.
+  platforms=tpu,cpu environment='' memory=''
   if [[ $accelerator == nvidia-* ]]; then
     ((slices == 1)) || fail "--slices is of TPUs: ask for more GPUs with --on $kind:N"
     resource=nvidia.com/gpu selector="cloud.google.com/gke-accelerator: $accelerator"
+    platforms=cuda,cpu
+    # NCCL shares more between GPUs than the 64 MB that a container has.
+    memory="
+            - name: memory
+              emptyDir: {medium: Memory}"
     environment="
               - {name: DPPO_COORDINATOR, value: $(quoted "$name-workers-0-0.$name:8476")}
               - {name: DPPO_PROCESSES, value: \"$processes\"}
@@ -104,6 +121,8 @@ machines() {
                   fieldRef:
                     fieldPath: \"metadata.annotations['batch.kubernetes.io/job-completion-index']\""
   fi
+  environment+="
+              - {name: JAX_PLATFORMS, value: $(quoted "$platforms")}"
   [[ ! $spot ]] || selector+="
               cloud.google.com/gke-spot: \"true\""
   for variable in "${secrets[@]}"; do
@@ -131,6 +150,8 @@ metadata:
 spec:
   failurePolicy:
     maxRestarts: $restarts
+    rules:
+    - {name: badInput, action: FailJobSet, onJobFailureReasons: [PodFailurePolicy]}
   replicatedJobs:
   - name: workers
     replicas: $slices
@@ -140,6 +161,10 @@ spec:
         completions: $hosts
         completionMode: Indexed
         backoffLimit: 0
+        podFailurePolicy:
+          rules:
+          - action: FailJob
+            onExitCodes: {containerName: dppo, operator: In, values: [2]}
         template:
           metadata:
             annotations:
@@ -159,10 +184,11 @@ $(arguments)
               resources:
                 limits: {$resource: $per_host}
               volumeMounts:
-              - {name: runs, mountPath: /runs}
+              - {name: runs, mountPath: /runs}${memory:+
+              - {name: memory, mountPath: /dev/shm\}}
             volumes:
             - name: runs
-              $volume
+              $volume$memory
 END
 }
 

@@ -46,6 +46,7 @@ tokens() {
   return 0
 }
 
+check_program ssh
 command=(.venv/bin/dppo train "$recipe" --workdir "$workdir" "${options[@]+"${options[@]}"}")
 command+=(--coordinator "${names[0]#*@}:$port" --processes "${#names[@]}")
 started=()
@@ -55,6 +56,7 @@ for place in "${!names[@]}"; do
   if [[ $dry ]]; then
     run ssh "${names[place]}" "$remote"
   else
+    # shellcheck disable=SC2029  # it is expanded here, each word quoted for the other side
     ssh "${names[place]}" "$remote" < <(tokens) 2>&1 | sed -u "s/^/[${names[place]}] /" &
     started+=($!)
   fi

@@ -44,6 +44,16 @@ check_recipe() {
   [[ -f $1 || -f $repository/$1 ]] || fail "recipe $1 does not exist here"
 }
 
+check_recipe_of_image() { # the same path names it here and in what launch/Dockerfile makes
+  check_recipe "$1"
+  [[ $1 == configs/* && $1 != *..* ]] ||
+    fail "the image holds recipes under configs/ alone, not $1: move it there, then build the image"
+}
+
+check_program() { # NAME: it will be called, unless this is a dry run
+  [[ $dry ]] || command -v "$1" >/dev/null || fail "there is no $1 on this machine: install it"
+}
+
 check_no_secret() { # what would end up in process lists
   local name argument
   for name in "${secrets[@]}"; do
@@ -76,12 +86,21 @@ hardware() {
   hosts=$((chips / per_host))
 }
 
+# What a pod's shell does with the words of a command: SIGTERM goes on to it, which the first process
+# of a container must do itself. A run that was asked to stop ends with status 0, but without a
+# summary it is not complete and must be started again. Status 2, bad input, will not get better.
+pod_shell() { # FOLDER of the run
+  echo "\"\$@\" & child=\$!; trap 'kill -TERM \$child' TERM;" \
+    "while wait \$child; status=\$?; kill -0 \$child 2>/dev/null; do :; done;" \
+    "[ \$status -ne 0 ] || [ -f $1/summary.json ] || exit 75; exit \$status"
+}
+
 # The accelerator type of Cloud TPU VMs and of xpk: v4 and v5p are named by their cores.
 accelerator_type() {
   case $kind in
   v4 | v5p) echo "$kind-$((2 * chips))" ;;
   v5e) echo "v5litepod-$chips" ;;
   v6e) echo "v6e-$chips" ;;
-  *) fail "no accelerator type is known for $kind: use gke.sh" ;;
+  *) fail "$kind has no accelerator type: on GKE ask for it by gke.sh without --xpk" ;;
   esac
 }

@@ -39,19 +39,25 @@ check_number --gpus-per-node "$gpus"
 check_no_secret "${options[@]+"${options[@]}"}"
 
 name=dppo-$(basename "$recipe" .gin)
-where=(--chdir="$repository")
-[[ ! $image ]] || where=(--container-image="$image" --container-mounts="$workdir:$workdir")
-program=$repository/.venv/bin/dppo
-[[ ! $image ]] || program=dppo
+where=(--chdir="$repository") program=$repository/.venv/bin/dppo
+if [[ $image ]]; then
+  check_recipe_of_image "$recipe"
+  where=(--container-image="$image" --container-mounts="$workdir:$workdir" --no-container-entrypoint)
+  program=dppo
+fi
+check_program sbatch
 command=("$program" train "$recipe" --workdir "$workdir" "${options[@]+"${options[@]}"}")
 
 script() {
   cat <<END
 #!/bin/bash
+mkdir -p $(printf %q "$workdir")
+export JAX_PLATFORMS=\${JAX_PLATFORMS:-cuda,cpu} # a node without its GPUs must fail
 head=\$(scontrol show hostnames "\$SLURM_JOB_NODELIST" | head -n 1)
 port=\$((20000 + SLURM_JOB_ID % 20000))
 # A variable of each task, so that the shell of the task puts it in and not this one.
-srun --kill-on-bad-exit=1$(printf ' %q' "${where[@]}") bash -c \\
+# All cores are the one task's: it grades answers in processes of its own.
+srun --kill-on-bad-exit=1 --cpu-bind=none$(printf ' %q' "${where[@]}") bash -c \\
   'exec "\$@" --processes "\$SLURM_NNODES" --process-id "\$SLURM_NODEID"' \\
   dppo$(printf ' %q' "${command[@]}") --coordinator "\$head:\$port"
 status=\$?

@@ -5,11 +5,12 @@
 #   launch/tpu_vm.sh train  NAME --zone ZONE --on ... RECIPE --image IMAGE --bucket BUCKET
 #                           [--secret HF_TOKEN=SECRET ...] [-- options of `dppo train`]
 #   launch/tpu_vm.sh keep   NAME ... as for create and train: both, again after each preemption
-#   launch/tpu_vm.sh delete NAME --zone ZONE [--slices 1]
+#   launch/tpu_vm.sh delete NAME --zone ZONE
 #
 # All take --project and --dry-run. The container of launch/Dockerfile runs on all workers, the run
 # is kept in BUCKET/NAME, and the same `train` goes on from its newest checkpoint. A token is named by
-# its secret in Secret Manager, which the workers read; its value appears in no command.
+# its secret in Secret Manager, which the workers read; its value appears in no command. Before the
+# first call: `ssh-add ~/.ssh/google_compute_engine`, without which gcloud reaches one worker alone.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/pods.sh"
@@ -62,9 +63,16 @@ create() {
     --accelerator-type="$(accelerator_type)" --runtime-version="$runtime" "${spot[@]+"${spot[@]}"}"
 }
 
-state() {
-  "${tpus[@]}" queued-resources describe "$name" "${at[@]}" --format='value(state.state)' 2>/dev/null ||
+state() { # of the queued resource; NONE where there is none, UNKNOWN where nobody can tell now
+  local said
+  { said=$("${tpus[@]}" queued-resources describe "$name" "${at[@]}" \
+    --format='value(state.state)' 2>&1 >&3); } 3>&1 && return
+  if [[ $said == *NOT_FOUND* ]]; then
     echo NONE
+  else
+    echo "$said" >&2
+    echo UNKNOWN
+  fi
 }
 
 remove() {
@@ -91,10 +99,11 @@ END
     echo "export ${token%%=*}"
     variables+=" --env ${token%%=*}" # by name: docker takes the value from its environment
   done
-  echo "gcloud auth configure-docker ${image%%/*} --quiet"
+  [[ ! ${image%%/*} =~ (^|[.-])(gcr\.io|pkg\.dev)$ ]] ||
+    echo "gcloud auth configure-docker ${image%%/*} --quiet"
   echo "sudo docker rm --force dppo >/dev/null 2>&1 || true"
   echo "exec sudo -E docker run --name dppo --privileged --network host --stop-timeout 300" \
-    "--volume /mnt/runs:/runs$variables $image" \
+    "--volume /mnt/runs:/runs --env JAX_PLATFORMS=tpu,cpu$variables $image" \
     "train$(printf ' %q' "$recipe" --workdir "/runs/$name" "${options[@]+"${options[@]}"}")"
 }
 
@@ -119,15 +128,21 @@ keep() {
     train
     return
   fi
-  local failed=0
+  local failed=0 began
   until complete; do
+    ((failed < 5)) || fail "$name failed five times in a row: its output says why"
     case $(state) in
     NONE) create ;;
     ACTIVE)
-      ((failed < 3)) || fail "$name failed three times on slices that were there: see its output"
-      if train; then failed=0; else failed=$((failed + 1)) && sleep 60; fi
+      began=$SECONDS
+      if train || ((SECONDS - began > 3600)); then # one that ran for an hour was interrupted
+        failed=0
+      else
+        failed=$((failed + 1)) && sleep 60
+      fi
       ;;
-    SUSPENDED | FAILED) failed=0 && remove ;;
+    SUSPENDED) failed=0 && remove ;;
+    FAILED) failed=$((failed + 1)) && remove && sleep 60 ;;
     *) sleep 60 ;;
     esac
   done
@@ -148,11 +163,12 @@ if [[ $verb == create || $verb == keep ]]; then
 fi
 if [[ $verb == train || $verb == keep ]]; then
   [[ $recipe && $image && $bucket ]] || fail "give a recipe, --image and --bucket"
-  check_recipe "$recipe"
+  check_recipe_of_image "$recipe"
   [[ $image =~ ^[A-Za-z0-9./:@_-]+$ ]] || fail "--image '$image' is no name of an image"
   [[ $bucket =~ ^[a-z0-9][a-z0-9._-]*$ ]] || fail "--bucket '$bucket': its name, without gs://"
   for token in "${tokens[@]+"${tokens[@]}"}"; do
     [[ $token =~ ^[A-Z_]+=[A-Za-z0-9_-]+$ ]] || fail "--secret VARIABLE=NAME_OF_THE_SECRET"
   done
 fi
+check_program gcloud
 case $verb in delete) remove ;; *) "$verb" ;; esac

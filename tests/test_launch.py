@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import jsonschema
@@ -18,7 +19,7 @@ TOKEN, KEY = "hf_secretOfTheTest", "wandb0123secret"
 GKE = ["gke.sh", RECIPE, "--on", "v5p:4x4x4", "--image", "eu.pkg.dev/p/dppo:tpu", "--bucket", "b"]
 GPUS = ["gke.sh", RECIPE, "--on", "h100:16", "--image", "r/d@sha256:0", "--claim", "c", "--spot"]
 SLICES = [*GKE, "--slices", "2", "--name", "two", "--", "--gin.TEXT=\"a 'b' $HOME\n: c\""]
-XPK = [*GKE, "--xpk", "cluster"]
+XPK = [*GKE[:-2], "--xpk", "cluster"]
 SLURM = ["slurm.sh", RECIPE, "--nodes", "4", "--workdir", "/runs/a", "--partition", "gpu"]
 HOSTS = ["hosts.sh", RECIPE, "--hosts", "alpha,me@beta", "--workdir", "/runs/a b"]
 TPU = ["--zone", "us-east5-a", "--on", "v6e:8x8", "--project", "p"]
@@ -100,7 +101,8 @@ def pods(found):
 
 
 def test_jobset_of_a_tpu_slice(jobset):
-    replicas, job, pod, container = pods(jobset(launch(*GKE).stdout))
+    found = jobset(launch(*GKE).stdout)
+    replicas, job, pod, container = pods(found)
     assert replicas == 1 and job["parallelism"] == job["completions"] == 16
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
@@ -114,7 +116,12 @@ def test_jobset_of_a_tpu_slice(jobset):
         "key": "HF_TOKEN",
         "optional": True,
     }
-    assert set(names) == {"HF_TOKEN", "WANDB_API_KEY"}
+    assert set(names) == {"JAX_PLATFORMS", "HF_TOKEN", "WANDB_API_KEY"}
+    # bad input ends the run; what failed or was preempted begins again
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2]
+    (rule,) = found["spec"]["failurePolicy"]["rules"]
+    assert rule["action"] == "FailJobSet" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
 
 
 def test_jobset_of_gpu_nodes(jobset):
@@ -125,6 +132,10 @@ def test_jobset_of_gpu_nodes(jobset):
     coordinator = variables["DPPO_COORDINATOR"]["value"]
     assert coordinator == "arithmetic-cpu-workers-0-0.arithmetic-cpu:8476"
     assert variables["DPPO_PROCESSES"]["value"] == "2"
+    assert variables["JAX_PLATFORMS"]["value"] == "cuda,cpu"
+    mounted = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+    (memory,) = (v for v in pod["volumes"] if v["name"] == mounted["/dev/shm"])
+    assert memory["emptyDir"] == {"medium": "Memory"}
     index = variables["DPPO_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert index == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
@@ -137,17 +148,29 @@ def test_what_a_pod_runs(jobset, tmp_path):
     program = tmp_path / "dppo"
     program.write_text(
         f'#!/bin/bash\nprintf "%s\\0" "$@" >{tmp_path}/said\n'
-        f"[ -e {tmp_path}/bad ] && exit 2\nexit 0\n"
+        f"[ -e {tmp_path}/bad ] && exit 2\n[ -e {tmp_path}/long ] || exit 0\n"
+        f'trap "touch {tmp_path}/stopped; exit 0" TERM\ntouch {tmp_path}/trapped\n'
+        "while true; do sleep 0.05; done\n"
     )
     program.chmod(0o755)
     run = tmp_path / "runs"
     args = [each.replace("/runs/two", str(run)) for each in container["args"]]
 
+    def start():
+        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return subprocess.Popen([*container["command"], *args], env=path)
+
     def status():
-        path = f"{tmp_path}:{os.environ['PATH']}"
-        return subprocess.run([*container["command"], *args], env={"PATH": path}).returncode
+        return start().wait()
 
     assert status() == 75  # ended, but not complete: to be started again
+    (tmp_path / "long").touch()
+    pod = start()
+    while not (tmp_path / "trapped").exists():
+        time.sleep(0.05)
+    pod.terminate()  # goes on to dppo, which stops behind a checkpoint
+    assert pod.wait() == 75 and (tmp_path / "stopped").exists()
+    (tmp_path / "long").unlink()
     run.mkdir()
     (run / "summary.json").touch()
     assert status() == 0
@@ -161,7 +184,9 @@ def test_xpk():
     (words,) = commands(launch(*XPK).stdout)
     assert words[:3] == ["xpk", "workload", "create"]
     assert words[words.index("--tpu-type") + 1] == "v5p-128"
-    assert "dppo train" in words[words.index("--command") + 1]
+    shell = shlex.split(words[words.index("--command") + 1])
+    assert shell[:2] == ["bash", "-c"] and shell[3:6] == ["bash", "dppo", "train"]
+    assert words[words.index("--restart-on-exit-codes") + 1] == "1,75" and "exit 75" in shell[2]
 
 
 def test_slurm(tmp_path):
@@ -240,6 +265,9 @@ def test_tpu_vms():
         ([*GKE, "--name", "A_b"], "name 'A_b'"),
         ([*GKE, "--slices", "0"], "--slices is '0'"),
         ([*GKE, "--claim", "c"], "--bucket or --claim, not both"),
+        ([*GKE, "--xpk", "c"], "no --bucket or --claim"),
+        ([*GPUS[:-3], "--xpk", "c"], "h100 has no accelerator type"),
+        (["gke.sh", str(REPOSITORY / RECIPE), *GKE[2:]], "recipes under configs/ alone"),
         ([*GKE, "--image", "x; y"], "is no name of an image"),
         ([*GKE, "--nodes", "3"], "unknown option --nodes"),
         ([*GKE, "--name"], "--name needs a value"),
