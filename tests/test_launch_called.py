@@ -137,7 +137,8 @@ def test_what_a_tpu_worker_runs(tmp_path):
     log = f'printf "%s\\0" "$(basename "$0")" "$@" >>{tmp_path}/log; echo >>{tmp_path}/log\n'
     stand_ins = {
         "gcsfuse": "", "mountpoint": "exit 1", "mkdir": "", "docker": "env >>$LOG.$1",
-        "gcloud": f"[ $1 = secrets ] && echo {KEY}; exit 0", "sudo": "[ $1 = -E ] && shift; $@",
+        "gcloud": f"[ $1 = secrets ] && echo {KEY}; exit 0",
+        "sudo": '[ "$1" = -E ] && shift; "$@"',
     }  # fmt: skip
     for name, does in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{log}{does}\n")
