@@ -13,6 +13,7 @@ from dppo_jax import packing
 from dppo_jax.advantages import Estimator, estimate, inputs_of, named_inputs
 from dppo_jax.critic import Critic, HeadCritic
 from dppo_jax.models.decoder import Decoder, Model, Params
+from dppo_jax.parts import over_packed
 from dppo_jax.records import (
     Batch,
     Mean,
@@ -139,23 +140,13 @@ def score_packed(
     temperature: float,
 ) -> TokenStats:
     """`score` of packed sequences, microbatch by microbatch of the plan."""
-    sequences = len(rollout.response_tokens)
 
-    def part(index):
-        rows = packing.take(rollout, of, index, budget)
+    def of_part(rows: Rollout) -> dict[str, Array | None]:
         stats = score(model, params, rows, temperature=temperature)
-        return stats.logp, stats.topk_logp, stats.entropy, stats.uniform_logp
+        names = ("logp", "topk_logp", "entropy", "uniform_logp")
+        return {name: getattr(stats, name) for name in names}
 
-    def add(index, so_far):
-        chosen = jnp.where(of.sequences[index] < 0, sequences, of.sequences[index])
-        place = lambda whole, some: whole.at[chosen].set(some, mode="drop")  # noqa: E731
-        return jax.tree.map(place, so_far, part(index))
-
-    room = jax.tree.map(
-        lambda leaf: jnp.zeros((sequences, *leaf.shape[1:]), leaf.dtype), jax.eval_shape(part, 0)
-    )
-    logp, topk_logp, entropy, even = jax.lax.fori_loop(0, of.count, add, room)
-    return TokenStats(logp, topk_logp, entropy, uniform_logp=even)
+    return TokenStats(**over_packed(of_part, rollout, of, budget, len(rollout.response_tokens)))
 
 
 def _explained(values: Array, returns: Array, mask: Array) -> Array:

@@ -24,8 +24,8 @@ FINISH_STOP = 1  # the policy sampled an end token, which is part of the respons
 Need = Literal["logp_old", "logp_ref", "exact_divergence", "uniform_logp", "values", "last_layer"]
 
 # How far the loss at a token looks: at what is recorded of that token alone, at the other tokens of
-# its sequence, or at the other sequences of the batch. The last depends on the microbatch split.
-Scope = Literal["token", "sequence", "batch"]
+# its sequence, at the other samples of its prompt, or at the whole batch (`Objective.statistics`).
+Scope = Literal["token", "sequence", "prompt", "batch"]
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +88,8 @@ class Batch:
     values_old: Float[Array, "B T *Q"] | None = None  # the critic's, before the update
     returns: Float[Array, "B T *R"] | None = None  # what the critic is trained towards
     objective_state: Any = None  # TrainState's, put in by the update: without a batch axis
+    # Objective.statistics of the whole minibatch, put in by the update where it takes that in parts
+    statistics: Any = None
     # V, put in by the update where metrics by token id are wanted; not an array.
     vocab_size: int | None = field(default=None, metadata={"static": True})
 
@@ -178,6 +180,10 @@ class Objective(NamedTuple):
     initial_state: Any = ()
     next_state: Callable[[Any, Metrics], Any] | None = None
     scope: Scope = "batch"
+    # What a loss of scope "batch" must know of the whole minibatch: arrays without batch axis or
+    # gradient, made of TokenStats.logp, topk_logp and entropy. The loss reads them in
+    # Batch.statistics, and where that is None takes what it is given for the whole.
+    statistics: Callable[[TokenStats, Batch], Any] | None = None
     # response mask -> each token's weight and the weights' total, so that terms can be added
     aggregate: Callable[[Bool[Array, "B T"]], Any] | None = None
 

@@ -13,6 +13,7 @@ from dppo_jax import packing
 from dppo_jax.critic import Critic, HeadCritic
 from dppo_jax.models.decoder import Decoder, Model, Params
 from dppo_jax.packing import Budget
+from dppo_jax.parts import microbatch, over_microbatches, over_packed
 from dppo_jax.records import (
     Batch,
     Counts,
@@ -22,6 +23,7 @@ from dppo_jax.records import (
     Metrics,
     Objective,
     Rollout,
+    TokenStats,
     TrainState,
     fold_metrics,
 )
@@ -30,6 +32,7 @@ from dppo_jax.scoring import (
     last_layer,
     loss_and_score,
     mismatch,
+    score,
     score_and_routing,
     tightness,
 )
@@ -61,22 +64,6 @@ def init_state(
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     carried = jax.tree.map(jnp.array, objective_state)
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), carried, rollout_memory)
-
-
-def microbatch(rows: Any, index: int | Int[Array, ""], parts: int) -> Any:
-    """Part `index` of `parts`: the prompts index, index + parts, ... with all of their samples.
-
-    Leaves lead with P prompts, or with P*G sequences, prompt by prompt. Strided parts keep every
-    part's rows spread over the devices that hold them.
-    """
-    prompts = min(len(leaf) for leaf in jax.tree.leaves(rows))
-
-    def part(leaf):
-        strided = leaf.reshape(prompts // parts, parts, len(leaf) // prompts, *leaf.shape[1:])
-        taken = jax.lax.dynamic_index_in_dim(strided, index, axis=1, keepdims=False)
-        return constrain(taken.reshape(-1, *leaf.shape[1:]), "batch")
-
-    return jax.tree.map(part, rows)
 
 
 def accumulate(
@@ -197,6 +184,8 @@ def make_update(
     `DecoderConfig.load_balancing` adds so much of each microbatch's `moe/aux_loss` to the loss.
     With `tokens_per_microbatch` the sequences are packed into rows of that many tokens in all, a
     prompt beside each of its responses, and there are as many microbatches as they need.
+    An objective with `statistics` of the whole minibatch costs one more forward pass where that
+    comes in several microbatches.
     """
     if tokens_per_microbatch is not None:
         check_packing(objective, critic, microbatches)
@@ -222,13 +211,34 @@ def make_update(
             )
         counted = isinstance(state.token_counts, jax.Array)
 
+        def policy_of(adapted: Params, seeds: Any) -> Params:
+            return model.policy(adapted, base, jax.random.key(seeds[0]) if dropout else None)
+
+        def statistics_of(rows: tuple[Batch, Any]) -> Any:
+            """Those of the whole minibatch, for which it is scored once without a gradient."""
+            if objective.statistics is None or (of is None and microbatches == 1):
+                return None  # nothing to know, or the loss sees the whole
+
+            def of_part(part: tuple[Batch, Any]) -> dict[str, Array]:
+                params = policy_of(state.params, part[1])
+                stats = score(model, params, part[0].rollout, temperature=temperature)
+                return {name: getattr(stats, name) for name in ("logp", "topk_logp", "entropy")}
+
+            if of is None:
+                found = over_microbatches(of_part, rows, microbatches)
+            else:
+                budget = packing.budget_of(tokens_per_microbatch or 0, batch.rollout)
+                sequences = len(batch.rollout.response_tokens)
+                found = over_packed(of_part, rows, of, budget, sequences)
+            return objective.statistics(TokenStats(**found), batch)
+
         def loss_of(trained: tuple[Params, Any], part: tuple[Batch, Any]) -> LossSum:
             (adapted, value_params), (rows, seeds) = trained, part
-            key = jax.random.key(seeds[0]) if dropout else None
-            params = model.policy(adapted, base, key)
+            params = policy_of(adapted, seeds)
             rows = dataclasses.replace(
                 rows,
                 objective_state=state.objective_state,
+                statistics=statistics,
                 vocab_size=model.config.vocab_size if counted else None,
             )
             if token_local is not None:
@@ -265,6 +275,7 @@ def make_update(
         # A seed for each prompt, so that every microbatch drops out units of its own.
         drawn = jax.random.key(state.step), (len(batch.rollout.prompt_tokens),)
         rows = batch, jax.random.bits(*drawn) if dropout else ()
+        statistics = statistics_of(rows)
         if of is None:
             (grads, value_grads), total = accumulate(loss_of, trained, rows, microbatches)
         else:
@@ -311,10 +322,10 @@ def check_packing(
             f"tokens_per_microbatch and microbatches={microbatches}: the tokens decide how many "
             "microbatches there are; leave that at 1"
         )
-    if objective.scope == "batch":
+    if objective.scope == "prompt":
         raise ValueError(
-            "tokens_per_microbatch splits a prompt's samples, and this objective looks at other "
-            "sequences of the batch: leave it out"
+            "tokens_per_microbatch splits a prompt's samples, and this objective compares them: "
+            "leave it out"
         )
     if critic is not None:
         raise ValueError("tokens_per_microbatch does not pack a critic's sequences: leave it out")

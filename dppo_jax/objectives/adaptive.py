@@ -1,6 +1,7 @@
 """BAPO: clip bounds that move until positive tokens carry their share (arXiv 2510.18927)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,14 @@ from dppo_jax.objectives.measures import Anchor, binary_tv_measure, rollout_anch
 from dppo_jax.objectives.policy_gradient import TokenLoss, from_batch_loss
 from dppo_jax.objectives.ppo import clipped_surrogate
 from dppo_jax.records import Batch, Mean, Objective, TokenStats
+
+
+class Bounds(NamedTuple):
+    """What the search found."""
+
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+    balance: Float[Array, ""]  # ρ there
 
 
 def bapo(
@@ -25,15 +34,14 @@ def bapo(
     anchor: Callable[[], Anchor] = rollout_anchor,
     aggregate: Aggregation = token_mean,
 ) -> Objective:
-    """BAPO: PPO's clip with bounds [c_low, c_high] on r that are searched for each batch.
+    """BAPO: PPO's clip with bounds [c_low, c_high] on r that are searched for each gradient step.
 
     ρ = Σ⁺ / |Σ⁻| of A·min(r, c_high) (A >= 0) and A·max(r, c_low) (A < 0) over all tokens; infinite
     where nothing is negative. From (lowest, highest), c_low rises by its step to its end, then
     c_high to its own, until ρ >= target. WooooDyy/BAPO@72870444 recipe/bapo/policy_loss.py, ranges
-    and target as its README gives for the paper.
-    The batch is the microbatch that a device program sees, in the reference the gradient step's, so
-    use microbatches = 1 to follow it. The paper's algorithm is said to raise c_high first; not
-    verified here.
+    and target as its README gives for the paper. The tokens are the whole minibatch's, over
+    microbatches and devices, as the reference's are.
+    The paper's algorithm is said to raise c_high first; not verified here.
     """
     if not (0 <= lowest <= lowest_end <= 1 <= highest <= highest_end):
         raise ValueError(
@@ -46,27 +54,33 @@ def bapo(
     rises = [(low, highest) for low in _ladder(lowest, lowest_end, lowest_step)]
     rises += [(lowest_end, high) for high in _ladder(highest, highest_end, highest_step)[1:]]
 
-    def token_loss(stats: TokenStats, batch: Batch) -> TokenLoss:
-        logps = centre.logps(batch)
-        ratio = surrogate_ratio(stats.logp, logps.logp)
+    def search(stats: TokenStats, batch: Batch) -> Bounds:
+        ratio = surrogate_ratio(stats.logp, centre.logps(batch).logp)
         candidates = jnp.asarray(rises, jnp.float32)
         shares = balance(jax.lax.stop_gradient(ratio), batch.advantages, candidates)
         enough = shares >= target
         chosen = jnp.where(enough.any(), jnp.argmax(enough), len(rises) - 1)
-        low, high = candidates[chosen]
-        one = jnp.float32(1)
+        return Bounds(candidates[chosen, 0], candidates[chosen, 1], shares[chosen])
+
+    def token_loss(stats: TokenStats, batch: Batch, bounds: Bounds) -> TokenLoss:
+        logps = centre.logps(batch)
+        tokens = batch.rollout.response_mask.sum().astype(jnp.float32)
         return clipped_surrogate(
-            ratio, batch.advantages, lowest=low, highest=high, dual_clip=dual_clip
+            surrogate_ratio(stats.logp, logps.logp),
+            batch.advantages,
+            lowest=bounds.low,
+            highest=bounds.high,
+            dual_clip=dual_clip,
         )._replace(
             divergence=binary_tv_measure(stats, batch, logps),
             metrics={
-                "bapo/clip_low": Mean(low, one),
-                "bapo/clip_high": Mean(high, one),
-                "bapo/balance": Mean(jnp.minimum(shares[chosen], 1e6), one),
+                "bapo/clip_low": Mean(bounds.low * tokens, tokens),
+                "bapo/clip_high": Mean(bounds.high * tokens, tokens),
+                "bapo/balance": Mean(jnp.minimum(bounds.balance, 1e6) * tokens, tokens),
             },
         )
 
-    return from_batch_loss(token_loss, aggregate=aggregate, needs=centre.needs)
+    return from_batch_loss(search, token_loss, aggregate=aggregate, needs=centre.needs)
 
 
 def balance(

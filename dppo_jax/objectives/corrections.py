@@ -13,7 +13,7 @@ in verl.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,12 @@ def corrected(objective: Objective, correction: Correction) -> Objective:
         }
         return result._replace(metrics=result.metrics | metrics)
 
-    scopes: tuple[Scope, ...] = ("token", "sequence", "batch")
+    def statistics(stats: TokenStats, batch: Batch) -> Any:
+        assert whole is not None
+        return whole(stats, weighted(batch, weights(stats, batch)))
+
+    scopes: tuple[Scope, ...] = ("token", "sequence", "prompt", "batch")
+    whole = objective.statistics
     local = objective.token_local if correction.scope == "token" else None
     if local is not None:
         of_token = local.loss
@@ -89,6 +94,7 @@ def corrected(objective: Objective, correction: Correction) -> Objective:
         needs=objective.needs | correction.needs,
         token_local=local,
         scope=max(objective.scope, correction.scope, key=scopes.index),
+        statistics=whole and statistics,
     )
 
 

@@ -1,14 +1,16 @@
 """Entropy kept by the covariance of advantage and log-probability (arXiv 2505.22617).
 
-cov_t = (A_t - mean A)(log π_t - mean log π) over the response tokens of the microbatch: the tokens
-where it is large are those that make the policy's entropy collapse.
+cov_t = (A_t - mean A)(log π_t - mean log π), means over the response tokens of the minibatch: the
+tokens where it is large are those that make the policy's entropy collapse.
+Differs from verl@1dda039b, whose means and numbers of tokens are those of a device's microbatch.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
 from dppo_jax.objectives.measures import Anchor, rollout_anchor, surrogate_ratio
@@ -17,14 +19,33 @@ from dppo_jax.objectives.ppo import clipped_surrogate
 from dppo_jax.records import Batch, Objective, TokenStats
 
 
-def covariance(stats: TokenStats, batch: Batch) -> Float[Array, "B T"]:
-    """cov_t at every token, without gradient."""
+class Means(NamedTuple):
+    """Over the response tokens of a minibatch."""
+
+    advantage: Float[Array, ""]
+    logp: Float[Array, ""]
+
+
+class Chosen(NamedTuple):
+    """Which tokens: those on the right side of a threshold."""
+
+    means: Means
+    threshold: Float[Array, ""]
+
+
+def means(stats: TokenStats, batch: Batch) -> Means:
+    """Those that `covariance` is measured from."""
     mask = batch.rollout.response_mask
-    logp = jax.lax.stop_gradient(stats.logp)
     count = jnp.maximum(mask.sum(), 1)
-    logp_mean = jnp.sum(logp, where=mask) / count
-    advantage_mean = jnp.sum(batch.advantages, where=mask) / count
-    return (batch.advantages - advantage_mean) * (logp - logp_mean)
+    return Means(
+        jnp.sum(batch.advantages, where=mask) / count, jnp.sum(stats.logp, where=mask) / count
+    )
+
+
+def covariance(stats: TokenStats, batch: Batch, around: Means) -> Float[Array, "B T"]:
+    """cov_t at every token, without gradient."""
+    logp = jax.lax.stop_gradient(stats.logp)
+    return (batch.advantages - around.advantage) * (logp - around.logp)
 
 
 def clip_cov(
@@ -40,24 +61,34 @@ def clip_cov(
 
     Of the tokens with cov in (cov_low, cov_high) that the clip leaves, max(1, fraction·tokens) are
     drawn. verl@1dda039b compute_policy_loss_clip_cov.
-    Differs from the reference: the draw is a hash of each token's log π, so that the loss is a pure
-    function and its draws change with the policy.
+    Differs from the reference: the draw is a hash of what the sampler recorded, so that the loss is
+    a pure function; samples of a prompt that are equal in every token are drawn together.
     """
     _check_fraction(fraction)
     centre = anchor()
 
-    def token_loss(stats: TokenStats, batch: Batch) -> TokenLoss:
-        mask = batch.rollout.response_mask
+    def clipped(stats: TokenStats, batch: Batch) -> TokenLoss:
         ratio = surrogate_ratio(stats.logp, centre.logps(batch).logp)
-        clipped = clipped_surrogate(
+        return clipped_surrogate(
             ratio, batch.advantages, lowest=1.0 - delta_low, highest=1.0 + delta_high
         )
-        cov = covariance(stats, batch)
-        eligible = (cov > cov_low) & (cov < cov_high) & mask & clipped.keep
-        drawn = eligible & _smallest(jnp.where(eligible, _hash(stats.logp), 2.0), fraction, mask)
-        return TokenLoss(jnp.where(drawn, 0.0, clipped.loss), clipped.keep & ~drawn)
 
-    return from_batch_loss(token_loss, aggregate=aggregate, needs=centre.needs)
+    def eligible(stats: TokenStats, batch: Batch, around: Means) -> Bool[Array, "B T"]:
+        cov = covariance(stats, batch, around)
+        inside = (cov > cov_low) & (cov < cov_high) & batch.rollout.response_mask
+        return inside & clipped(stats, batch).keep
+
+    def choose(stats: TokenStats, batch: Batch) -> Chosen:
+        around = means(stats, batch)
+        numbers = jnp.where(eligible(stats, batch, around), random_numbers(batch), 2.0)
+        return Chosen(around, _smallest(numbers, fraction, batch.rollout.response_mask)[0])
+
+    def token_loss(stats: TokenStats, batch: Batch, chosen: Chosen) -> TokenLoss:
+        loss, keep, _, _ = clipped(stats, batch)
+        drawn = eligible(stats, batch, chosen.means) & (random_numbers(batch) <= chosen.threshold)
+        return TokenLoss(jnp.where(drawn, 0.0, loss), keep & ~drawn)
+
+    return from_batch_loss(choose, token_loss, aggregate=aggregate, needs=centre.needs)
 
 
 def kl_cov(
@@ -73,36 +104,54 @@ def kl_cov(
     _check_fraction(fraction)
     centre = anchor()
 
-    def token_loss(stats: TokenStats, batch: Batch) -> TokenLoss:
-        mask = batch.rollout.response_mask
-        logp_anchor = centre.logps(batch).logp
-        loss = -batch.advantages * surrogate_ratio(stats.logp, logp_anchor)
-        chosen = mask & _smallest(
-            jnp.where(mask, -covariance(stats, batch), jnp.inf), fraction, mask
-        )
-        gap = stats.logp - logp_anchor
+    def choose(stats: TokenStats, batch: Batch) -> Chosen:
+        around, mask = means(stats, batch), batch.rollout.response_mask
+        falling = jnp.where(mask, -covariance(stats, batch, around), jnp.inf)
+        last, after = _smallest(falling, fraction, mask)
+        # Between the two, as the next pass over a token may round it otherwise.
+        between = jnp.where(jnp.isfinite(after), 0.5 * (last + after), last + 1.0)
+        return Chosen(around, jnp.where(jnp.isfinite(last), between, 0.0))
+
+    def token_loss(stats: TokenStats, batch: Batch, chosen: Chosen) -> TokenLoss:
+        gap = stats.logp - centre.logps(batch).logp
+        loss = -batch.advantages * surrogate_ratio(stats.logp, centre.logps(batch).logp)
+        largest = -covariance(stats, batch, chosen.means) <= chosen.threshold
         # |gap| whose gradient at 0, on policy, is 0: that of jnp.abs is 1
         penalty = coefficient * jax.lax.stop_gradient(jnp.sign(gap)) * gap
         kept = jnp.ones(loss.shape, jnp.bool_)
-        return TokenLoss(loss + jnp.where(chosen, penalty, 0.0), kept)
+        return TokenLoss(loss + jnp.where(largest, penalty, 0.0), kept)
 
-    return from_batch_loss(token_loss, aggregate=aggregate, needs=centre.needs)
+    return from_batch_loss(choose, token_loss, aggregate=aggregate, needs=centre.needs)
+
+
+def random_numbers(batch: Batch) -> Float[Array, "B T"]:
+    """A number in [0, 1) for each token, a hash of its sequence's tokens, their μ and its place.
+
+    The same in whatever company, since no row's index is in it, and in every gradient step.
+    """
+    rollout = batch.rollout
+    place = jnp.arange(rollout.response_mask.shape[1], dtype=jnp.uint32)
+    token = rollout.response_tokens.astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(rollout.logp_rollout.astype(jnp.float32), jnp.uint32)
+    tokens = jnp.where(rollout.response_mask, _mixed(bits ^ _mixed(token ^ _mixed(place))), 0)
+    sequence = jnp.sum(tokens, axis=1, keepdims=True, dtype=jnp.uint32)
+    return (_mixed(tokens ^ _mixed(sequence)) >> 8).astype(jnp.float32) / 2**24
+
+
+def _mixed(bits: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Bits that look random and depend on the given ones alone: the end of murmur3."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def _smallest(
     values: Float[Array, "B T"], fraction: float, mask: Bool[Array, "B T"]
-) -> Bool[Array, "B T"]:
-    """The max(1, ⌊fraction·tokens⌋) smallest values."""
+) -> Float[Array, " 2"]:
+    """The last of the max(1, ⌊fraction·tokens⌋) smallest, and the one after it or infinity."""
     count = jnp.maximum(jnp.floor(fraction * mask.sum()).astype(jnp.int32), 1)
-    return values <= jnp.sort(values.ravel())[count - 1]
-
-
-def _hash(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """A number in [0, 1) that looks random and depends on a float's bits alone (murmur3's end)."""
-    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(values), jnp.uint32)
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return ((bits ^ (bits >> 16)) >> 8).astype(jnp.float32) / 2**24
+    ordered = jnp.append(jnp.sort(values.ravel()), jnp.inf)
+    return jax.lax.dynamic_slice(ordered, (count - 1,), (2,))
 
 
 def _check_fraction(fraction: float) -> None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from dppo_jax.objectives.aggregate import Aggregation, seq_mean_token_mean
 from dppo_jax.objectives.measures import Anchor, rollout_anchor
-from dppo_jax.objectives.policy_gradient import TokenLoss, from_batch_loss
+from dppo_jax.objectives.policy_gradient import TokenLoss, from_prompt_loss
 from dppo_jax.records import Batch, Mean, Metrics, Objective, TokenStats
 
 
@@ -49,4 +49,4 @@ def rebel(
         everywhere = jnp.broadcast_to(loss, mask.shape)
         return TokenLoss(everywhere, jnp.ones(mask.shape, jnp.bool_), metrics=metrics)
 
-    return from_batch_loss(token_loss, aggregate=aggregate, needs=centre.needs)
+    return from_prompt_loss(token_loss, aggregate=aggregate, needs=centre.needs)

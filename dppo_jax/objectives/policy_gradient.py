@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,17 +114,37 @@ def from_sequence_loss(
     return _objective(token_loss, aggregate, needs, "sequence")
 
 
-def from_batch_loss(
+def from_prompt_loss(
     token_loss: TokenLossFunction,
     *,
     aggregate: Aggregation = token_mean,
     needs: frozenset[Need] = frozenset(),
 ) -> Objective:
-    """`from_token_loss` where a token's loss may depend on all sequences that it is given.
+    """`from_token_loss` where a token's loss may depend on all samples of its prompt."""
+    return _objective(token_loss, aggregate, needs, "prompt")
 
-    These are the microbatch's: unlike with the other two, its size changes the result.
+
+def from_batch_loss(
+    statistics: Callable[[TokenStats, Batch], Any],
+    token_loss: Callable[[TokenStats, Batch, Any], TokenLoss],
+    *,
+    aggregate: Aggregation = token_mean,
+    needs: frozenset[Need] = frozenset(),
+) -> Objective:
+    """`from_token_loss` where a token's loss may depend on `statistics` of the whole minibatch.
+
+    These are its third argument: whatever arrays without a batch axis the function makes of all
+    tokens, the same in every microbatch and on every device. They are constants for the gradient.
     """
-    return _objective(token_loss, aggregate, needs, "batch")
+
+    def whole(stats: TokenStats, batch: Batch) -> Any:
+        return jax.lax.stop_gradient(statistics(*zero_padding(stats, batch)))
+
+    def with_statistics(stats: TokenStats, batch: Batch) -> TokenLoss:
+        known = whole(stats, batch) if batch.statistics is None else batch.statistics
+        return token_loss(stats, batch, known)
+
+    return _objective(with_statistics, aggregate, needs, "batch")._replace(statistics=whole)
 
 
 def _from_region(
