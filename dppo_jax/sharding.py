@@ -251,6 +251,22 @@ def head_layout() -> Layout | None:
     )
 
 
+def sampler_layout(rows: int) -> Layout | None:
+    """The same while decoding, for that many rows: each device draws some; None on one device.
+
+    RULES of "queries" and "vocab". Axes that do not divide the rows are left out. The unembedding
+    is whole along D: `constrain(matrix, "vocab", None)` gathers it, once, outside the loop.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return None
+    split = axes_of("queries", mesh, "decode")
+    while rows % math.prod(mesh.shape[axis] for axis in split):
+        split = split[:-1]
+    vocabulary = axes_of("vocab", mesh, "decode")
+    return Layout(split, vocabulary[0] if vocabulary else None, None)
+
+
 def sequence_shards() -> int:
     """How many devices the columns of a sequence are split over."""
     return jax.sharding.get_abstract_mesh().shape.get("sequence", 1)

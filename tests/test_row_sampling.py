@@ -10,7 +10,7 @@ import pytest
 from test_sampler_head import kept64
 
 from dppo_jax.kernels import streamed_sampler
-from dppo_jax.kernels.drawing import draw
+from dppo_jax.kernels.drawing import draw, numbers
 from dppo_jax.kernels.filters import Filters
 from dppo_jax.kernels.rows import draw_rows, row_keys
 from dppo_jax.kernels.sampler import sample, sample_rows
@@ -130,7 +130,9 @@ def test_rows_alike_are_drawn_as_by_the_scalar_form():
         filters = Filters(params.top_k, params.top_p, params.min_p)
         ours = sample_rows(hidden, matrix, rows, position, None, top_k_capture=4, soft_cap=3.0)
         logits = 3.0 * jnp.tanh(hidden @ matrix.T / 3.0)
-        want = draw(logits, row_keys(rows, position), params.temperature, 4, filters)
+        want = draw(
+            logits, numbers(row_keys(rows, position), len(logits)), params.temperature, 4, filters
+        )
         shared_key = sample(
             hidden, matrix, jax.random.key(0), temperature=params.temperature, top_k_capture=4,
             filters=filters, soft_cap=3.0,

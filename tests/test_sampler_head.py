@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dppo_jax.kernels import streamed_sampler, tiles
-from dppo_jax.kernels.drawing import draw, inverse_cdf
+from dppo_jax.kernels import drawing, streamed_sampler, tiles
+from dppo_jax.kernels.drawing import draw, inverse_cdf, numbers
 from dppo_jax.kernels.filters import Filters, threshold
 from dppo_jax.kernels.sampler import sample
 from dppo_jax.kernels.streamed_sampler import streamed
@@ -119,7 +119,7 @@ def test_frequencies_are_the_recorded_distribution(filters):
     p = np.where(kept, np.exp(z.astype(np.float64) / 0.8), 0)
     p /= p.sum()
     logits = jnp.broadcast_to(jnp.asarray(z), (draws, vocab))
-    out = draw(logits, jax.random.key(3), 0.8, 4, filters)
+    out = draw(logits, numbers(jax.random.key(3), draws), 0.8, 4, filters)
     counts = np.bincount(np.asarray(out.token), minlength=vocab)
     assert (counts[~kept] == 0).all()
     chi2 = ((counts - draws * p)[kept] ** 2 / (draws * p[kept])).sum()
@@ -134,7 +134,7 @@ def test_frequencies_are_the_recorded_distribution(filters):
 @pytest.mark.parametrize("filters", [Filters(), Filters(top_p=0.5)], ids=str)
 def test_temperature_zero_takes_the_first_of_the_most_likely(filters):
     logits = jnp.array([[0.0, 2.0, 2.0, -1.0], [-jnp.inf, -3.0, -4.0, -3.0]])
-    out = draw(logits, jax.random.key(0), 0.0, 2, filters)
+    out = draw(logits, numbers(jax.random.key(0), 2), 0.0, 2, filters)
     np.testing.assert_array_equal(out.token, [1, 1])
     assert out.token.dtype == out.topk_ids.dtype == jnp.int32
     if not filters.on:
@@ -152,7 +152,7 @@ def test_the_head_draws_from_float32_logits(dtype, soft_cap):
     logits = np.asarray(hidden, np.float64) @ np.asarray(unembedding, np.float64).T
     if soft_cap is not None:
         logits = soft_cap * np.tanh(logits / soft_cap)
-    want = draw(jnp.asarray(logits, jnp.float32), jax.random.key(2), 0.7, 4)
+    want = draw(jnp.asarray(logits, jnp.float32), numbers(jax.random.key(2), 3), 0.7, 4)
     assert ours.logp.dtype == ours.topk_logp.dtype == ours.entropy.dtype == jnp.float32
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, want)
 
@@ -164,7 +164,7 @@ def test_inverse_cdf_has_the_right_frequencies():
     weights[[0, 5, 22]] = 0
     p = (weights / weights.sum()).astype(np.float32)
     draws = 60_000
-    picked = inverse_cdf(jnp.broadcast_to(p, (draws, 23)), jax.random.key(0))
+    picked = inverse_cdf(jnp.broadcast_to(p, (draws, 23)), numbers(jax.random.key(0), draws))
     counts = np.bincount(np.asarray(picked), minlength=23)
     assert (counts[p == 0] == 0).all()
     expected = p[p > 0] * draws
@@ -176,13 +176,13 @@ def test_inverse_cdf_never_leaves_the_support():
     """Uniforms at the ends of [0, 1) with total mass below and above one."""
     for total in (0.3, 1.0, 1.7):
         p = jnp.array([[0.0, total, 0.0, 0.0, 0.0]] * 4096, jnp.float32)
-        assert (np.asarray(inverse_cdf(p, jax.random.key(1))) == 1).all()
+        assert (np.asarray(inverse_cdf(p, numbers(jax.random.key(1), 4096))) == 1).all()
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of at most 128 columns, so that small vocabularies need several."""
-    monkeypatch.setattr(streamed_sampler, "COLUMNS", 128)
+    monkeypatch.setattr(drawing, "COLUMNS", 128)
 
 
 def head_of(logits):
@@ -199,7 +199,7 @@ def test_the_streamed_form_records_what_the_plain_form_does(small_chunks, vocab,
     logits[2] = np.round(logits[2])
     logits[4] = 1.5
     k = min(vocab, 6)
-    key = jax.random.key(0)
+    key = numbers(jax.random.key(0), 5)
     ours, exact, _ = jax.jit(streamed, static_argnames=("temperature", "top_k_capture", "bins"))(
         *head_of(logits), key, temperature=temperature, top_k_capture=k, bins=24
     )
@@ -213,8 +213,7 @@ def test_the_streamed_form_records_what_the_plain_form_does(small_chunks, vocab,
         ours.logp, logp[np.arange(5), np.asarray(ours.token)], rtol=1e-5, atol=1e-5
     )
     assert ours.token.dtype == ours.topk_ids.dtype == jnp.int32
-    if not temperature:
-        np.testing.assert_array_equal(ours.token, want.token)
+    np.testing.assert_array_equal(ours.token, want.token)
 
 
 def test_rows_that_the_candidates_would_miss(small_chunks):
@@ -226,13 +225,13 @@ def test_rows_that_the_candidates_would_miss(small_chunks):
     run = jax.jit(lambda *args: streamed(*args, **options))
     # an identity matrix would multiply the infinities by 0
     hidden, matrix = jnp.eye(3), jnp.asarray(np.where(np.isinf(logits), -1e30, logits).T, "float32")
-    ours, exact, _ = run(hidden, matrix, jax.random.key(1))
+    ours, exact, _ = run(hidden, matrix, numbers(jax.random.key(1), 3))
     np.testing.assert_array_equal(exact, [False, True, False])
-    want = draw(matrix.T, jax.random.key(1), 1.0, 6)
+    want = draw(matrix.T, numbers(jax.random.key(1), 3), 1.0, 6)
     np.testing.assert_array_equal(ours.topk_ids, want.topk_ids)
     np.testing.assert_allclose(ours.topk_logp[:2], want.topk_logp[:2], rtol=1e-5, atol=1e-5)
     # the same without the row that fails takes no second pass
-    alone, exact, _ = run(hidden[1:2], matrix, jax.random.key(1))
+    alone, exact, _ = run(hidden[1:2], matrix, numbers(jax.random.key(1), 1))
     assert exact.all()
     np.testing.assert_array_equal(alone.topk_ids[0], want.topk_ids[1])
 
@@ -246,7 +245,7 @@ def test_streamed_frequencies(small_chunks):
     hidden, matrix = jnp.ones((draws, 1)), jnp.asarray(z[:, None], jnp.float32)
     out, *_ = jax.jit(lambda key: streamed(
         hidden, matrix, key, temperature=1.0, top_k_capture=1, bins=32
-    ))(jax.random.key(5))  # fmt: skip
+    ))(numbers(jax.random.key(5), draws))  # fmt: skip
     counts = np.bincount(np.asarray(out.token), minlength=vocab)
     usual = p * draws >= 5
     observed = np.append(counts[usual], counts[~usual].sum())
@@ -267,7 +266,7 @@ STREAMED = [
 
 @pytest.mark.parametrize(("filters", "replay"), STREAMED, ids=str)
 def test_the_streamed_form_filters_as_the_plain_form(small_chunks, monkeypatch, filters, replay):
-    """What is recorded, and that only kept tokens are drawn; 24 bins of 4 for 300 columns."""
+    """What is recorded, and the tokens drawn, of kept ones; 24 bins of 4 for 300 columns."""
     monkeypatch.setattr(streamed_sampler, "BINS", 24)
     logits = np.random.default_rng(7).normal(size=(6, 300)).astype(np.float32) * 4
     logits[4:] /= 8
@@ -287,6 +286,7 @@ def test_the_streamed_form_filters_as_the_plain_form(small_chunks, monkeypatch, 
     logp = np.where(kept, z, -np.inf)
     logp = np.asarray(jax.nn.log_softmax(logp))
     token = np.asarray(ours.token)
+    np.testing.assert_array_equal(token, want.token)
     np.testing.assert_allclose(ours.logp, logp[np.arange(6), token], rtol=1e-4, atol=1e-5)
     assert kept[np.arange(6), token].all()
     there = np.isfinite(want.topk_logp)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dppo_jax import objectives
 from dppo_jax.divergence import exact_kl, exact_tv
-from dppo_jax.kernels.drawing import draw
+from dppo_jax.kernels.drawing import draw, numbers
 from dppo_jax.kernels.filters import Filters, RowFilters
 from dppo_jax.models.decoder import response_states
 from dppo_jax.records import Batch, Rollout, TokenStats
@@ -39,8 +39,8 @@ def test_at_most_the_recorded_tokens_are_kept():
     """Uniform over 9 of 23: all tie, so the filter alone would keep 9; replay keeps the first 4."""
     z = jnp.where(jnp.arange(23) % 5 < 2, 2.0, -1.0)
     rows = jnp.broadcast_to(z, (500, 23))
-    free = draw(rows, jax.random.key(0), 1.0, 4, Filters(top_p=0.5))
-    out = draw(rows, jax.random.key(0), 1.0, 4, Filters(top_p=0.5), replay=True)
+    free = draw(rows, numbers(jax.random.key(0), 500), 1.0, 4, Filters(top_p=0.5))
+    out = draw(rows, numbers(jax.random.key(0), 500), 1.0, 4, Filters(top_p=0.5), replay=True)
     assert len(np.unique(free.token)) > 4 and free.kept_count is None
     assert np.unique(out.token).tolist() == [0, 1, 5, 6] == out.topk_ids[0].tolist()
     np.testing.assert_allclose(out.logp, np.log(0.25), rtol=1e-6)
@@ -53,7 +53,7 @@ def test_rows_without_a_filter_are_not_cut():
     z = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (23,)), (3, 23))
     filters = RowFilters(jnp.array([0, 2, 0]), jnp.array([1.0, 1.0, 0.4]), jnp.zeros(3))
     keys = jax.random.split(jax.random.key(0), 3)
-    out = draw(z, keys, jnp.ones(3), 5, filters, replay=True)
+    out = draw(z, numbers(keys, 3), jnp.ones(3), 5, filters, replay=True)
     assert out.kept_count[:2].tolist() == [0, 2] and 1 <= out.kept_count[2] <= 5
     np.testing.assert_allclose(
         out.topk_logp[0], jax.nn.log_softmax(z[0])[out.topk_ids[0]], rtol=1e-5

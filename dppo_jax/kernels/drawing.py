@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dppo_jax.kernels.columns import Columns
 from dppo_jax.kernels.filters import Filters, RowFilters, capped, threshold
+from dppo_jax.kernels.xla import even_columns
+
+# Of a group: with a batch of 256 its logits take 8 MiB, and reading its rows of W takes tens of
+# microseconds, long beside the fixed cost of a step.
+COLUMNS = 8192
 
 
 class Drawn(NamedTuple):
@@ -22,81 +28,143 @@ class Drawn(NamedTuple):
     kept_count: Int[Array, " B"] | None = None
 
 
-def uniforms(key: Array, batch: int) -> Float[Array, "2 B"]:
-    """Two uniform numbers a row, of one key for all or of a key a row."""
+class Numbers(NamedTuple):
+    """Uniform numbers in [0, 1), one of each a row: what a token is drawn with."""
+
+    group: Float[Array, " B"]
+    block: Float[Array, " B"]
+    column: Float[Array, " B"]
+
+
+def numbers(key: Array, batch: int) -> Numbers:
+    """Of one key for all rows, or of a key a row."""
+
+    def of(key, shape):
+        return jax.random.uniform(jax.random.fold_in(key, 0), shape), jax.random.uniform(
+            key, (2, *shape)
+        )
+
     if key.ndim:
-        return jax.vmap(lambda own: jax.random.uniform(own, (2,)), out_axes=1)(key)
-    return jax.random.uniform(key, (2, batch))
+        group, within = jax.vmap(lambda own: of(own, ()))(key)
+        return Numbers(group, *within.T)
+    group, within = of(key, (batch,))
+    return Numbers(group, *within)
 
 
-def inverse_cdf(p: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
-    """Draws an index a row with probability p / sum(p); an index of probability 0 never.
+def group_columns(vocabulary: int) -> int:
+    """Columns of a group; the last one of a vocabulary that is no multiple starts early."""
+    return even_columns(vocabulary, COLUMNS)
 
-    First a block of about √V indices, then an index in it, each with its own uniform number: two
-    random numbers a row instead of V, and a resolution of 2⁻⁴⁶ where one would give 2⁻²³. `key` is
-    one for all rows or one a row.
+
+def pick(weights: Float[Array, "B N"], u: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The first index whose cumulative weight exceeds u of the total."""
+    cumulative = jnp.cumsum(weights, axis=-1)
+    target = u[:, None] * cumulative[:, -1:]
+    # u < 1, yet u * total can round up to the total.
+    below_total = jnp.minimum(target, jnp.nextafter(cumulative[:, -1:], 0.0))
+    return jnp.sum(cumulative <= below_total, axis=-1, dtype=jnp.int32)
+
+
+def block_width(size: int) -> int:
+    """Columns of a block of a group."""
+    return max(1, int(size**0.5))
+
+
+def within_group(
+    p: Float[Array, "B size"], numbers: Numbers, columns: Columns | None = None
+) -> Int[Array, " B"]:
+    """An index with probability p / sum(p): a block of about √size indices, then one in it.
+
+    `columns`: where its devices have a part of p each, and 0 for the rest.
     """
-    batch, vocab = p.shape
-    width = max(1, int(vocab**0.5))
-    blocks = jnp.pad(p, ((0, 0), (0, -vocab % width))).reshape(batch, -1, width)
-    uniform = uniforms(key, batch)
+    add = columns.sum if columns else lambda x: x
+    batch, size = p.shape
+    width = block_width(size)
+    blocks = jnp.pad(p, ((0, 0), (0, -size % width))).reshape(batch, -1, width)
+    block = pick(add(jnp.sum(blocks, axis=-1)), numbers.block)
+    inside = add(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0])
+    return block * width + pick(inside, numbers.column)
 
-    def pick(weights, u):  # the first index whose cumulative weight exceeds u of the total
-        cumulative = jnp.cumsum(weights, axis=-1)
-        target = u[:, None] * cumulative[:, -1:]
-        # u < 1, yet u * total can round up to the total.
-        below_total = jnp.minimum(target, jnp.nextafter(cumulative[:, -1:], 0.0))
-        return jnp.sum(cumulative <= below_total, axis=-1)
 
-    block = pick(jnp.sum(blocks, axis=-1), uniform[0])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return (block * width + pick(inside, uniform[1])).astype(jnp.int32)
+def inverse_cdf(
+    p: Float[Array, "B C"], numbers: Numbers, columns: Columns | None = None
+) -> Int[Array, " B"]:
+    """Draws a column with probability p / sum(p); one of probability 0 never.
+
+    First a group of at most COLUMNS columns (the chunk of `streamed_sampler`), then a block of it,
+    then a column, each with its own uniform number: three random numbers a row instead of V, and a
+    resolution of 2⁻⁴⁶ or more where one would give 2⁻²³. Groups and blocks depend on V alone, so
+    that a row's numbers give the same token whatever form draws it and however many devices the
+    columns lie on, but for what a float32 sum rounds.
+    """
+    columns = columns or Columns(p.shape[1])
+    size = group_columns(columns.vocabulary)
+    first = begins = jnp.zeros((len(p),), jnp.int32)
+    if size < columns.vocabulary:
+        first = size * pick(columns.sums_of(p, size), numbers.group)
+        begins = jnp.minimum(first, columns.vocabulary - size)
+    window = columns.window(p, begins, size)
+    new = begins[:, None] + jnp.arange(size) >= first[:, None]
+    return begins + within_group(jnp.where(new, window, 0.0), numbers, columns)
+
+
+def place_in_list(
+    p: Float[Array, "B N"], column: Int[Array, "B N"], numbers: Numbers, vocabulary: int
+) -> Int[Array, " B"]:
+    """`inverse_cdf` of rows that are 0 but in the columns listed, in rising order: the place."""
+    size = group_columns(vocabulary)
+    group = column // size
+    block = (column - jnp.minimum(group * size, vocabulary - size)) // block_width(size)
+    at = pick(p, numbers.group)
+    for part, u in ((group, numbers.block), (block, numbers.column)):
+        chosen = jnp.take_along_axis(part, at[:, None], axis=1)
+        p = jnp.where(part == chosen, p, 0.0)
+        at = pick(p, u)
+    return at
 
 
 def draw(
-    logits: Float[Array, "B V"],
-    key: Array,
+    logits: Float[Array, "B C"],
+    numbers: Numbers,
     temperature: float | Float[Array, " B"],
     top_k_capture: int,
     filters: Filters | RowFilters = Filters(),  # noqa: B008  frozen
     *,
     replay: bool = False,
+    columns: Columns | None = None,
 ) -> Drawn:
     """Samples from softmax(logits / temperature) within `filters`, and records that distribution.
 
     What is recorded is the distribution sampled from: zero outside the filters' kept set and
     renormalised (vLLM's `processed_logprobs`). Temperature 0 takes the most likely token, the first
-    of equals, and records temperature 1. Key, temperature and filters are one for all rows, or one
-    a row.
+    of equals, and records temperature 1. Temperature and filters are one for all rows, or one a
+    row. `columns` are those of `logits`, None all.
 
     With `replay`, rows with a filter on keep at most the `top_k_capture` most likely tokens: what
     they were drawn from is then all recorded, and can be scored again (`scoring.renormalised`).
     """
+    columns = columns or Columns(logits.shape[1])
     by_row = isinstance(temperature, Array)
     divisor = (
         jnp.where(temperature == 0, 1.0, temperature)[:, None] if by_row else temperature or 1.0
     )
     z = logits.astype(jnp.float32) / divisor
     if isinstance(filters, RowFilters) or filters.on:
-        z = jnp.where(z >= threshold(z, filters)[:, None], z, -jnp.inf)
+        least = threshold(z, filters, columns=columns)
+        z = jnp.where(z >= least[:, None], z, -jnp.inf)
         if replay:
             truncated = jnp.broadcast_to(filters.on, len(z))
-            z = jnp.where(truncated[:, None], capped(z, top_k_capture), z)
-    logp = jax.nn.log_softmax(z, axis=-1)
+            z = jnp.where(truncated[:, None], capped(z, top_k_capture, columns), z)
+    logp = columns.log_softmax(z)
     p = jnp.exp(logp)
+    topk_logp, topk_ids = columns.top(logp, top_k_capture)
     if by_row:
-        token = jnp.where(temperature == 0, _most_likely(logp), inverse_cdf(p, key))
+        token = jnp.where(temperature == 0, topk_ids[:, 0], inverse_cdf(p, numbers, columns))
     else:
-        token = inverse_cdf(p, key) if temperature else _most_likely(logp)
-    logp_token = jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
-    topk_logp, topk_ids = jax.lax.top_k(logp, top_k_capture)
-    entropy = -jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1)
-    drawn = Drawn(token, logp_token, topk_ids, topk_logp, entropy)
+        token = inverse_cdf(p, numbers, columns) if temperature else topk_ids[:, 0]
+    entropy = columns.sum(-jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1))
+    drawn = Drawn(token, columns.value_at(logp, token), topk_ids, topk_logp, entropy)
     if not replay:
         return drawn
     kept = jnp.sum(topk_logp > -jnp.inf, axis=1, dtype=jnp.int32)
     return drawn._replace(kept_count=jnp.where(filters.on, kept, 0))
-
-
-def _most_likely(logp: Float[Array, "B V"]) -> Int[Array, " B"]:
-    return jnp.argmax(logp, axis=-1).astype(jnp.int32)

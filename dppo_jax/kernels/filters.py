@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dppo_jax.kernels.columns import Columns
+
 
 @dataclass(frozen=True)
 class Filters:
@@ -61,55 +63,68 @@ class RowFilters(NamedTuple):
 
 
 def threshold(
-    logits: Float[Array, "B V"],
+    logits: Float[Array, "B C"],
     filters: Filters | RowFilters,
     beyond: Float[Array, " B"] | float = 0.0,
+    columns: Columns | None = None,
 ) -> Float[Array, " B"]:
     """The least logit that `filters` keep in each row; -inf where they keep all.
+
+    `columns` are those of `logits`, None all: where other devices have some, each step of a
+    bisection sums a number a row over them, and the threshold is as exact as on one.
 
     `logits` are those that are sampled from, temperature applied, in float32. Masses are float32
     sums: a token whose inclusion depends on the seventh digit of a mass may fall on either side.
     Of `RowFilters`, a kind that no row has on costs nothing. Where `logits` are only the largest of
     the vocabulary, `beyond` is what the others add to Σ e^(z - max z) without top-k.
     """
-    largest = jnp.max(logits, axis=1)
+    columns = columns or Columns(logits.shape[1])
+    largest = columns.max(jnp.max(logits, axis=1))
     top_k, top_p, min_p = filters.top_k, filters.top_p, filters.min_p
 
     def least_of_k() -> Array:
-        return _highest(
-            lambda t: jnp.sum(logits >= t[:, None], axis=1, dtype=jnp.int32) >= top_k, largest
-        )
+        def at_least(t):
+            return columns.sum(jnp.sum(logits >= t[:, None], axis=1, dtype=jnp.int32))
 
-    least = _where_on((top_k > 0) & (top_k < logits.shape[1]), least_of_k, largest)
+        return _highest(lambda t: at_least(t) >= top_k, largest)
+
+    fewer = (top_k > 0) & (top_k < columns.vocabulary)
+    least = _where_on(fewer, least_of_k, largest, columns)
 
     def nucleus() -> Array:
         mass = jnp.exp(logits - largest[:, None])
         mass = jnp.where(logits >= least[:, None], mass, 0.0)
-        enough = top_p * (jnp.sum(mass, axis=1) + jnp.where(top_k > 0, 0.0, beyond))
-        return _highest(
-            lambda t: jnp.sum(jnp.where(logits >= t[:, None], mass, 0.0), axis=1) >= enough,
-            largest,
-        )
 
-    least = jnp.maximum(least, _where_on(top_p < 1, nucleus, largest))
+        def within(t):
+            return columns.sum(jnp.sum(jnp.where(logits >= t[:, None], mass, 0.0), axis=1))
+
+        everything = columns.sum(jnp.sum(mass, axis=1))
+        enough = top_p * (everything + jnp.where(top_k > 0, 0.0, beyond))
+        return _highest(lambda t: within(t) >= enough, largest)
+
+    least = jnp.maximum(least, _where_on(top_p < 1, nucleus, largest, columns))
     return jnp.maximum(least, largest + jnp.log(jnp.float32(min_p)))
 
 
-def capped(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+def capped(logits: Float[Array, "B C"], k: int, columns: Columns) -> Float[Array, "B C"]:
     """-inf but at the k largest of each row; of equals, the first are among them."""
-    largest, ids = lax.top_k(logits, k)
+    largest, ids = columns.top(logits, k)
+    at = columns.place(ids, logits.shape[1])
     nothing = jnp.full_like(logits, -jnp.inf)
-    return nothing.at[jnp.arange(len(logits))[:, None], ids].set(largest)
+    return nothing.at[jnp.arange(len(logits))[:, None], at].set(largest, mode="drop")
 
 
 def _where_on(
-    on: bool | Bool[Array, " B"], compute: Callable[[], Array], like: Float[Array, " B"]
+    on: bool | Bool[Array, " B"],
+    compute: Callable[[], Array],
+    like: Float[Array, " B"],
+    columns: Columns,
 ) -> Float[Array, " B"]:
     """compute() in the rows that are on, -inf in the others; not computed where none is."""
     off = jnp.full_like(like, -jnp.inf)
     if not isinstance(on, Array):
         return compute() if on else off
-    return lax.cond(jnp.any(on), lambda: jnp.where(on, compute(), off), lambda: off)
+    return lax.cond(columns.any(on), lambda: jnp.where(on, compute(), off), lambda: off)
 
 
 def _highest(

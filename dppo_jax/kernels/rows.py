@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from dppo_jax.kernels.drawing import Drawn, draw
+from dppo_jax.kernels.columns import Columns
+from dppo_jax.kernels.drawing import Drawn, draw, numbers
 from dppo_jax.kernels.filters import RowFilters
 
 
@@ -54,18 +55,21 @@ def row_keys(rows: RowSampling, position: Int[Array, " B"]) -> Array:
 
 
 def changed_logits(
-    logits: Float[Array, "B V"], rows: RowSampling, history: Int[Array, "B H"] | None
-) -> Float[Array, "B V"]:
+    logits: Float[Array, "B C"],
+    rows: RowSampling,
+    history: Int[Array, "B H"] | None,
+    columns: Columns | None = None,
+) -> Float[Array, "B C"]:
     """Logits with the rows' bias added, then those of tokens in `history` made less likely.
 
     The penalty divides positive logits and multiplies negative ones (CTRL, arXiv 1909.05858,
     section 4.1), once however often the token is there. Order as vLLM's: bias, then penalty.
     """
-    vocabulary = logits.shape[1]
+    columns = columns or Columns(logits.shape[1])
     index = jnp.arange(len(logits))[:, None]
 
     def inside(ids):  # JAX counts negative ids from the end, and drops those beyond it
-        return jnp.where((ids >= 0) & (ids < vocabulary), ids, vocabulary)
+        return columns.place(ids, logits.shape[1])
 
     if rows.bias_ids.shape[1]:
         logits = logits.at[index, inside(rows.bias_ids)].add(rows.bias, mode="drop")
@@ -79,11 +83,11 @@ def changed_logits(
         less = jnp.where(z > 0, z / penalty, z * penalty)
         return logits.at[index, ids].set(less, mode="drop")  # repeats of an id set the same
 
-    return lax.cond(jnp.any(penalty != 1), penalised, lambda: logits)
+    return lax.cond(columns.any(penalty[:, 0] != 1), penalised, lambda: logits)
 
 
 def draw_rows(
-    logits: Float[Array, "B V"],
+    logits: Float[Array, "B C"],
     rows: RowSampling,
     position: Int[Array, " B"],
     history: Int[Array, "B H"] | None,
@@ -91,6 +95,7 @@ def draw_rows(
     *,
     raw_logp: bool = False,
     replay: bool = False,
+    columns: Columns | None = None,
 ) -> Drawn:
     """A token a row from softmax(changed_logits / temperature) within its filters.
 
@@ -104,23 +109,26 @@ def draw_rows(
         room not used. None where no row has a repetition penalty: then none is applied.
     """
     rows = jax.tree.map(jnp.asarray, rows)
-    keys = row_keys(rows, position)
+    columns = columns or Columns(logits.shape[1])
+    own = numbers(row_keys(rows, position), len(logits))
     logits = logits.astype(jnp.float32)
 
     def plain() -> Drawn:
-        drawn = draw(logits, keys, rows.temperature, top_k_capture)
+        drawn = draw(logits, own, rows.temperature, top_k_capture, columns=columns)
         return drawn._replace(
             raw_logp=drawn.logp if raw_logp else None,
             kept_count=jnp.zeros_like(drawn.token) if replay else None,
         )
 
     def changed() -> Drawn:
-        z = changed_logits(logits, rows, history)
-        drawn = draw(z, keys, rows.temperature, top_k_capture, rows.filters, replay=replay)
+        z = changed_logits(logits, rows, history, columns)
+        drawn = draw(
+            z, own, rows.temperature, top_k_capture, rows.filters, replay=replay, columns=columns
+        )
         if not raw_logp:
             return drawn
         raw = logits / jnp.where(rows.temperature == 0, 1.0, rows.temperature)[:, None]
-        at = jnp.take_along_axis(raw, drawn.token[:, None], axis=1)[:, 0]
-        return drawn._replace(raw_logp=at - jax.nn.logsumexp(raw, axis=1))
+        at = columns.value_at(raw, drawn.token)
+        return drawn._replace(raw_logp=at - columns.log_sum_exp(raw))
 
-    return lax.cond(jnp.all(rows.plain), plain, changed)
+    return lax.cond(~columns.any(~rows.plain), plain, changed)

@@ -1,16 +1,24 @@
-"""The sampler's head: hidden states to the next token and what is recorded of its distribution."""
+"""The sampler's head: hidden states to the next token and what is recorded of its distribution.
+
+On a mesh each device has its rows of the batch and its columns of the vocabulary (`Layout`): it
+multiplies, filters, draws and sorts those alone, and numbers a row cross the axis of the vocabulary
+(`columns`), never a logit. The matrix is whole along D: gather it once, before the decoding loop.
+"""
 
 from collections.abc import Callable
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.kernels import tiles
-from dppo_jax.kernels.drawing import Drawn, draw
+from dppo_jax.kernels.columns import Columns
+from dppo_jax.kernels.drawing import Drawn, Numbers, draw, numbers
 from dppo_jax.kernels.filters import Filters
 from dppo_jax.kernels.rows import RowSampling, draw_rows, row_keys
+from dppo_jax.kernels.sharded import Layout, on_mesh
 from dppo_jax.kernels.streamed_sampler import rows_of, streamed
 
 # From here the copies of B x V that `draw` makes take as long as reading the matrix on a TPU.
@@ -30,38 +38,47 @@ def sample(
     soft_cap: float | None = None,
     replay: bool = False,
     form: Form | None = None,
+    layout: Layout | None = None,
 ) -> Drawn:
     """A token a row from softmax(z), z = soft_cap * tanh(x.w / soft_cap) / temperature.
 
     Logits are accumulated in float32. What is recorded is exact in either form; temperature 0,
-    filters and `replay` as in `drawing.draw`. Forms: "plain" has all B x V logits, several times;
-    "streamed" never, but where filters without replay keep more than its candidates hold: it then
-    draws those rows plainly. None chooses: streamed for a large vocabulary on a device of its own
-    that is a TPU, plain elsewhere. The forms draw different tokens from one key.
+    filters and `replay` as in `drawing.draw`. Forms: "plain" has all logits of a device's rows and
+    columns, several times; "streamed" never, but where filters without replay keep more than its
+    candidates hold: it then draws those rows plainly. None chooses: streamed for a large vocabulary
+    that a TPU has whole, plain elsewhere. `layout` lays rows and vocabulary out on the mesh that is
+    set. One key gives the same tokens in either form and on any mesh, but for rounding.
 
     Raises:
-      ValueError: an unknown form.
+      ValueError: an unknown form, "streamed" where the vocabulary is split, or sizes that the mesh
+        does not divide.
     """
 
-    def plain() -> Drawn:
-        logits = _logits(hidden, unembedding, soft_cap)
-        return draw(logits, key, temperature, top_k_capture, filters, replay=replay)
+    def local(hidden, unembedding, numbers: Numbers, columns: Columns) -> Drawn:
+        def plain() -> Drawn:
+            logits = _logits(hidden, unembedding, soft_cap)
+            return draw(
+                logits, numbers, temperature, top_k_capture, filters,
+                replay=replay, columns=columns,
+            )  # fmt: skip
 
-    if _form(form, unembedding) == "plain":
-        return plain()
-    out = streamed(
-        hidden,
-        unembedding,
-        key,
-        temperature=temperature,
-        top_k_capture=top_k_capture,
-        filters=filters,
-        soft_cap=soft_cap,
-        replay=replay,
-    )
-    if not filters.on or (replay and filters.top_k <= top_k_capture):
-        return out.drawn  # always complete
-    return _mended(out.drawn, ~out.complete, plain)
+        if _form(form, unembedding, columns) == "plain":
+            return plain()
+        out = streamed(
+            hidden,
+            unembedding,
+            numbers,
+            temperature=temperature,
+            top_k_capture=top_k_capture,
+            filters=filters,
+            soft_cap=soft_cap,
+            replay=replay,
+        )
+        if not filters.on or (replay and filters.top_k <= top_k_capture):
+            return out.drawn  # always complete
+        return _mended(out.drawn, ~out.complete, plain)
+
+    return _on(layout, local, hidden, unembedding, numbers(key, len(hidden)))
 
 
 def sample_rows(
@@ -76,42 +93,73 @@ def sample_rows(
     raw_logp: bool = False,
     replay: bool = False,
     form: Form | None = None,
+    layout: Layout | None = None,
 ) -> Drawn:
     """`sample` with each row's own parameters; `rows.draw_rows` says what they do.
 
     Streamed, rows with a bias or a penalty are drawn plainly.
     """
 
-    def plain() -> Drawn:
-        logits = _logits(hidden, unembedding, soft_cap)
-        return draw_rows(
-            logits, rows, position, history, top_k_capture, raw_logp=raw_logp, replay=replay
+    def local(hidden, unembedding, own, columns: Columns) -> Drawn:
+        rows, position, history = own
+
+        def plain() -> Drawn:
+            logits = _logits(hidden, unembedding, soft_cap)
+            return draw_rows(
+                logits, rows, position, history, top_k_capture,
+                raw_logp=raw_logp, replay=replay, columns=columns,
+            )  # fmt: skip
+
+        if _form(form, unembedding, columns) == "plain":
+            return plain()
+        out = streamed(
+            hidden,
+            unembedding,
+            numbers(row_keys(rows, position), len(hidden)),
+            temperature=rows.temperature,
+            top_k_capture=top_k_capture,
+            filters=rows.filters,
+            soft_cap=soft_cap,
+            replay=replay,
+            raw_logp=raw_logp,
         )
+        return _mended(out.drawn, rows.changed | ~out.complete, plain)
 
-    if _form(form, unembedding) == "plain":
-        return plain()
-    out = streamed(
-        hidden,
-        unembedding,
-        row_keys(rows, position),
-        temperature=rows.temperature,
-        top_k_capture=top_k_capture,
-        filters=rows.filters,
-        soft_cap=soft_cap,
-        replay=replay,
-        raw_logp=raw_logp,
-    )
-    return _mended(out.drawn, rows.changed | ~out.complete, plain)
+    return _on(layout, local, hidden, unembedding, (rows, position, history))
 
 
-def _form(form: Form | None, unembedding: Float[Array, "V D"]) -> Form:
+def _on(layout: Layout | None, local: Callable, hidden, unembedding, by_row) -> Drawn:
+    """local(hidden, unembedding, by_row, columns) on each device's part."""
+    vocabulary = len(unembedding)
+    if layout is None:
+        return local(hidden, unembedding, by_row, Columns(vocabulary))
+    layout.check(len(hidden), *unembedding.shape)
+    axis, mesh = layout.vocabulary, jax.sharding.get_abstract_mesh().axis_names
+
+    def here(hidden, unembedding, by_row):
+        columns = Columns(vocabulary)
+        if axis is not None:
+            start = lax.axis_index(axis) * len(unembedding)
+            columns = Columns(vocabulary, start, axis, mesh)
+        return local(hidden, unembedding, by_row, columns)
+
+    specs = (layout.rows, layout.matrix, layout.rows)
+    return on_mesh(here, specs, layout.rows)(hidden, unembedding, by_row)
+
+
+def _form(form: Form | None, unembedding: Float[Array, "V D"], columns: Columns) -> Form:
     if form not in (None, "plain", "streamed"):
         raise ValueError(f"unknown form {form!r} of the sampler's head; known: plain, streamed")
+    if form == "streamed" and columns.axis is not None:
+        raise ValueError(
+            f"the streamed form needs all of the vocabulary, which the mesh splits over "
+            f"{columns.axis!r}: use form plain, or leave it to choose"
+        )
     if form is not None:
         return form
     target = tiles.target()
-    large = len(unembedding) >= STREAM_FROM and target.platform == "tpu" and target.one_device
-    return "streamed" if large else "plain"
+    large = len(unembedding) >= STREAM_FROM and columns.axis is None
+    return "streamed" if large and target.platform == "tpu" and target.one_device else "plain"
 
 
 def _mended(drawn: Drawn, wrong: Bool[Array, " B"], plain: Callable[[], Drawn]) -> Drawn:
@@ -120,7 +168,7 @@ def _mended(drawn: Drawn, wrong: Bool[Array, " B"], plain: Callable[[], Drawn]) 
 
 
 def _logits(
-    hidden: Float[Array, "B D"], unembedding: Float[Array, "V D"], soft_cap: float | None
-) -> Float[Array, "B V"]:
+    hidden: Float[Array, "B D"], unembedding: Float[Array, "C D"], soft_cap: float | None
+) -> Float[Array, "B C"]:
     logits = jnp.dot(hidden, unembedding.T, preferred_element_type=jnp.float32)
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)

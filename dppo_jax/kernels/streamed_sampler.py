@@ -4,9 +4,9 @@ One pass over the unembedding: while a chunk's logits are alive they give the ru
 of `xla`, a token drawn within the chunk, and candidates for the K most likely. Nothing is kept of
 them but numbers a row.
 
-Drawing: the token so far stays with probability s_before / s_after and is replaced by the chunk's
-own draw otherwise, which makes it a draw from the whole (reservoir sampling): four random numbers a
-row and chunk, where Gumbel-max takes one a logit.
+Drawing: a chunk is a group of `drawing.inverse_cdf`. Each group's token is drawn while its logits
+are alive, with the row's two numbers for that, and kept with the group's sum; after the pass the
+row's third number says whose token it is. So both forms draw the same token from the same numbers.
 
 Candidates: a chunk's columns fall into bins in turn, and each bin keeps its 4 or 6 largest logits,
 by comparisons alone, where a sort of the chunk would cost a TPU more than the matrix product. The
@@ -29,36 +29,41 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dppo_jax.kernels.drawing import Drawn, inverse_cdf, uniforms
+from dppo_jax.kernels.drawing import (
+    Drawn,
+    Numbers,
+    group_columns,
+    pick,
+    place_in_list,
+    within_group,
+)
 from dppo_jax.kernels.filters import Filters, RowFilters, threshold
 from dppo_jax.kernels.xla import (
     LEAST_LOG_P,
     Transform,
     chunk_at,
     contract,
-    even_columns,
     logits_of,
     over_chunks,
 )
 
 BINS = 512
-# Of a chunk: with a batch of 256 its logits take 8 MiB, and reading its rows of W takes tens of
-# microseconds, long beside the fixed cost of a step.
-COLUMNS = 8192
 
 
-class _Draw(NamedTuple):
-    """The token so far; with temperature 0 the most likely one."""
+class _Groups(NamedTuple):
+    """A token of each group, drawn within it; with temperature 0 its most likely one."""
 
-    token: Int[Array, " B"]
-    logit: Float[Array, " B"]
+    token: Int[Array, "B G"]
+    logit: Float[Array, "B G"]
+    m: Float[Array, "B G"]  # the largest logit up to the group
+    mass: Float[Array, "B G"]  # Σ e^(z-m) of the group
 
 
 class _State(NamedTuple):
     m: Float[Array, " B"]  # max z
     s: Float[Array, " B"]  # Σ e^(z-m)
     t: Float[Array, " B"]  # Σ (z-m) e^(z-m)
-    draw: _Draw
+    groups: _Groups
     best: "_Candidates"
 
 
@@ -122,7 +127,7 @@ def largest(
 def streamed(
     hidden: Float[Array, "B D"],
     unembedding: Float[Array, "V D"],
-    key: Array,
+    numbers: Numbers,
     *,
     temperature: float | Float[Array, " B"],
     top_k_capture: int,
@@ -134,12 +139,14 @@ def streamed(
 ) -> Streamed:
     """`drawing.draw`, and in which rows it could be done; `raw_logp` as `rows.draw_rows`.
 
+    The whole vocabulary lies on this device.
+
     Of equals at the K-th place, replay with top-k and top-p counts the mass of those within the K.
     """
     greedy = temperature == 0
     transform = Transform(1.0 if isinstance(temperature, Array) else temperature or 1.0, soft_cap)
     batch, vocabulary = len(hidden), len(unembedding)
-    columns = even_columns(vocabulary, COLUMNS)
+    columns = group_columns(vocabulary)
     depth = 4 if top_k_capture <= 64 else 6
 
     def logits(index) -> tuple[Array, int | Array]:
@@ -149,40 +156,33 @@ def streamed(
             z /= jnp.where(greedy, 1.0, temperature)[:, None]
         return (z if chunk.fresh is None else jnp.where(chunk.fresh, z, -jnp.inf)), chunk.start
 
-    def drawn_within(z, e, before, here, best_so_far, index) -> tuple[Array, Array]:
-        """A column of the chunk, and whether it replaces the token so far."""
-        within, across = _keys(key, index)
-        coarse, fine = uniforms(across, batch)
-        # the second number resolves what is less likely than the first one's steps, 2^-23
-        replace = (before == 0) | ((coarse + 2.0**-23 * fine) * (before + here) < here)
-        return inverse_cdf(e, within), replace
+    def drawn_within(z, e) -> Array:
+        return within_group(e, numbers)
 
-    def most_likely(z, e, before, here, best_so_far, index) -> tuple[Array, Array]:
-        return jnp.argmax(z, axis=1).astype(jnp.int32), z.max(axis=1) > best_so_far
+    def most_likely(z, e) -> Array:
+        return jnp.argmax(z, axis=1).astype(jnp.int32)
 
     def step(index, state: _State) -> _State:
         z, start = logits(index)
         m = jnp.maximum(state.m, z.max(axis=1))
         e = jnp.exp(z - m[:, None])
         scale = jnp.exp(state.m - m)
-        before, here = scale * state.s, e.sum(axis=1)
+        here = e.sum(axis=1)
         u = jnp.maximum(z - m[:, None], LEAST_LOG_P)
         t = scale * (state.t + (state.m - m) * state.s) + (u * jnp.exp(u)).sum(axis=1)
-        at, replace = _by_row(greedy, most_likely, drawn_within)(
-            z, e, before, here, state.draw.logit, index
-        )
-        found = _Draw(start + at, jnp.take_along_axis(z, at[:, None], axis=1)[:, 0])
-        kept = _Draw(
-            *(jnp.where(replace, new, old) for new, old in zip(found, state.draw, strict=True))
-        )
-        return _State(m, before + here, t, kept, state.best.with_logits(z, start))
+        at = _by_row(greedy, most_likely, drawn_within)(z, e)
+        logit = jnp.take_along_axis(z, at[:, None], axis=1)[:, 0]
+        found = _Groups(start + at, logit, m, here)
+        groups = jax.tree.map(lambda all_, one: all_.at[:, index].set(one), state.groups, found)
+        return _State(m, scale * state.s + here, t, groups, state.best.with_logits(z, start))
 
     zero = jnp.zeros((batch,), jnp.float32)
+    none = jnp.zeros((batch, -(-vocabulary // columns)), jnp.float32)
     state = _State(
         zero + jnp.finfo(jnp.float32).min,
         zero,
         zero,
-        _Draw(jnp.zeros((batch,), jnp.int32), zero - jnp.inf),
+        _Groups(none.astype(jnp.int32), none, none, none),
         _Candidates.none(batch, bins or BINS, depth),
     )
     state = over_chunks(step, state, vocabulary, columns)
@@ -203,13 +203,22 @@ def streamed(
         best = none, jnp.full(none.shape, vocabulary, jnp.int32)
         return over_chunks(merge, best, vocabulary, columns)
 
+    groups = state.groups
+    of_all = groups.mass * jnp.exp(groups.m - state.m[:, None])
+    group = _by_row(
+        greedy, lambda: jnp.argmax(groups.logit, axis=1), lambda: pick(of_all, numbers.group)
+    )()
+    drawn_token, drawn_logit = (
+        jnp.take_along_axis(leaf, group[:, None], axis=1)[:, 0]
+        for leaf in (groups.token, groups.logit)
+    )
     logit, column, exact = state.best.top(top_k_capture)
     logit, column = lax.cond(jnp.all(exact), lambda: (logit, column), sorted_again)
     log_s = jnp.log(state.s)
     # z - m first: m + log s would round away the digits of log s where |z| is large
-    logp = state.draw.logit - state.m - log_s
+    logp = drawn_logit - state.m - log_s
     topk_logp = logit - state.m[:, None] - log_s[:, None]
-    whole = Drawn(state.draw.token, logp, column, topk_logp, log_s - state.t / state.s)
+    whole = Drawn(drawn_token, logp, column, topk_logp, log_s - state.t / state.s)
     if raw_logp:
         whole = whole._replace(raw_logp=logp)
     if replay:
@@ -229,10 +238,9 @@ def streamed(
         log_kept = jnp.log(s)
 
         def drawn_from_list() -> tuple[Array, Array]:
-            # a key that no chunk had
-            at = inverse_cdf(e, _keys(key, -(-vocabulary // columns))[0])
-            rows = jnp.arange(batch)
-            return ids[rows, at], relative[rows, at]
+            listed_ids, p, z = lax.sort((ids, e, relative), num_keys=1)
+            rows, at = jnp.arange(batch), place_in_list(p, listed_ids, numbers, vocabulary)
+            return listed_ids[rows, at], z[rows, at]
 
         first = column[:, 0], logit[:, 0] - state.m
         token, z = _by_row(greedy, lambda: first, drawn_from_list)()
@@ -288,13 +296,3 @@ def _by_row(where: bool | Bool[Array, " B"], this: Callable, that: Callable) -> 
         return jax.tree.map(lambda a, b: jnp.where(where, a, b), *both)
 
     return choose
-
-
-def _keys(key: Array, index: int | Array) -> tuple[Array, Array]:
-    """Two keys of a chunk, or two a row."""
-
-    def two(key):
-        return jax.random.split(jax.random.fold_in(key, index))
-
-    both = jax.vmap(two, out_axes=1)(key) if key.ndim else two(key)
-    return both[0], both[1]

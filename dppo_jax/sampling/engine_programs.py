@@ -29,7 +29,7 @@ from dppo_jax.sampling.paged_cache import (
     storage_dtype,
     write_pages,
 )
-from dppo_jax.sharding import constrain, viewed
+from dppo_jax.sharding import constrain, sampler_layout, viewed
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ def decode_chunk(
     attend as the `decode_forms` say.
     """
     decoder, c = model.bind(params), model.config
-    blocks, unembedding = _blocks(decoder), decoder.unembedding_matrix()
+    blocks = _blocks(decoder)
+    unembedding = constrain(decoder.unembedding_matrix(), "vocab", None)
     batch = len(slots.length)
     tables = rope_tables(c, programs.max_context)
     dtype = storage_dtype(c, programs.cache_dtype)
@@ -215,6 +216,7 @@ def decode_chunk(
             soft_cap=c.final_soft_cap,
             raw_logp=programs.raw_logp,
             replay=programs.replay,
+            layout=sampler_layout(batch),
         )
         if drawn.raw_logp is not None:
             drawn = drawn._replace(logp=drawn.raw_logp)

@@ -32,7 +32,7 @@ from dppo_jax.models.decoder import (
 )
 from dppo_jax.models.rope import Rope
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
-from dppo_jax.sharding import constrain, viewed
+from dppo_jax.sharding import constrain, sampler_layout, viewed
 
 SMALLEST_STAGE = 32  # response tokens
 
@@ -225,7 +225,7 @@ def _columns(
         nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
         for i in range(model.config.layers)
     ]
-    unembedding = decoder.unembedding_matrix()
+    unembedding = constrain(decoder.unembedding_matrix(), "vocab", None)
     samples, length = settings.samples_per_prompt, settings.max_new_tokens
     prompt_lengths = jnp.repeat(positions_of(prompts.mask)[:, -1] + 1, samples)
     tables = rope_tables(model.config, prompts.tokens.shape[1] + length)
@@ -242,6 +242,7 @@ def _columns(
             filters=settings.filters,
             replay=settings.replays,
             soft_cap=model.config.final_soft_cap,
+            layout=sampler_layout(batch),
         )
         drawn = jax.tree.map(
             lambda leaf: jnp.where(active.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0), drawn

@@ -49,7 +49,12 @@ def looped(program: str) -> str:
         if name not in seen:
             seen.add(name)
             text += parts[name]
-            waiting += re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", parts[name])
+            waiting += re.findall(
+                r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)",
+                parts[name],
+            )
+            for branches in re.findall(r"branch_computations=\{([^}]*)\}", parts[name]):
+                waiting += re.findall(r"[\w.\-]+", branches)
     return text
 
 

@@ -1,6 +1,7 @@
 """Run by test_engine_aot.py: compiles the rollout engine's programs for TPUs that are not here.
 
-`step_bytes` is what the compiled text says of one step of the loop, in which nobody has asked for
+`gathered` is the largest array that a step gathers over the mesh, in elements. `step_bytes` is what
+the compiled text says of one step of the loop, in which nobody has asked for
 filters or penalties. The kernel counts every page of the pool once, and writing tokens to the pool
 counts as the pool twice although it is done in place.
 
@@ -13,6 +14,7 @@ import math
 import re
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,9 @@ from dppo_jax.sampling.engine_inputs import SlotRows, empty_calls, shape_of
 from dppo_jax.sampling.engine_programs import Programs
 from dppo_jax.sampling.paged_cache import LayerPages, page_bytes
 from dppo_jax.sharding import MeshConfig, axes_of, shardings_of, spec_of
+
+sys.path.append(str(Path(__file__).parent.parent / "multidevice"))
+from sharded_sampler import gathered, looped  # noqa: E402
 
 BRANCHES = r"branch_computations=\{[^}]*?(%?[\w.\-]+)\}"
 TENSOR = 8  # chips that share a copy of the weights
@@ -106,6 +111,7 @@ def main(topology: str, layers: int, names: list[str]) -> dict:
             + memory.temp_size_in_bytes,
             "temporary_bytes_a_chip": memory.temp_size_in_bytes,
             "step_bytes": two.bytes - one.bytes,
+            "gathered": max(map(math.prod, gathered(looped(compiled.as_text()))), default=0),
             "kernels": text.count('custom_call_target="tpu_custom_call"'),
             "seconds": round(time.monotonic() - began, 1),
         }

@@ -39,6 +39,8 @@ def check(found: dict, layers: int) -> None:
     floor = sum(found["floor"].values())
     # A vocabulary's tile may stay on the chip; compile_engine.py says what is counted beside it.
     assert 0.9 * floor < found["decode"]["step_bytes"] < MOST * floor
+    # The top-20 candidates of 8 shards of the vocabulary, for 128 slots: never their logits.
+    assert 0 < found["decode"]["gathered"] <= 128 * 8 * 20
     for program in {"decode", "prefill"} & set(found):
         assert found[program]["bytes_a_chip"] < chip.hbm_bytes
 
