@@ -37,10 +37,11 @@ class RewardModel:
     """reward = verifier_weight · the verifier's score + weight · the model's score.
 
     The model is a transformers `...ForSequenceClassification` with num_labels 1 of a family that is
-    known here (Llama, Mistral, Qwen2, Qwen3): score = w · h of the last token of `template` with
-    the prompt and the response put in, tokenised by the folder's own tokenizer. Both scores are
-    logged, as `reward/verifier` and `reward/<name>`. A response that makes a text of more than
-    `max_tokens` tokens is not judged, and counted with the verifier's errors.
+    known here (Llama, Mistral, Qwen2, Qwen3 and its experts, Gemma 2 and 3): score = w · h of the
+    last token of `template` with the prompt and the response put in, tokenised by the folder's own
+    tokenizer. Both scores are logged, as `reward/verifier` and `reward/<name>`. A response that
+    makes a text of more than `max_tokens` tokens is not judged, and counted with the verifier's
+    errors.
     """
 
     path: str
@@ -140,7 +141,7 @@ def read_classifier(folder: Path, mesh: Mesh, dtype: str) -> tuple[Model, Params
     file = folder / "config.json"
     given = read_json(file)
     name = (given.get("architectures") or ["none"])[0]
-    causal = name.removesuffix(CLASSIFIER) + CAUSAL
+    causal = name.removesuffix(CLASSIFIER).removesuffix("Text") + CAUSAL  # Gemma3Text...
     if not name.endswith(CLASSIFIER) or causal not in FAMILIES:
         known = ", ".join(family.removesuffix(CAUSAL) + CLASSIFIER for family in FAMILIES)
         raise ValueError(f"{file} is of {name}, no reward model known here; known are {known}")

@@ -72,7 +72,7 @@ FAMILIES = {
 }
 
 
-def transformers_model(family):
+def transformers_model(family, head="CausalLM", **settings):
     """A float32 model with weights that leave nothing small, norms and biases included."""
     pytest.importorskip("torch", reason="parity needs the extra `parity`: PyTorch, transformers")
     transformers = pytest.importorskip("transformers", reason="parity needs transformers")
@@ -82,8 +82,9 @@ def transformers_model(family):
     gemma = kind.startswith("Gemma")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = getattr(transformers, kind)(**SMALL | changes)
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        config = getattr(transformers, kind)(**SMALL | changes | settings)
+        make = getattr(transformers, f"AutoModelFor{head}")
+        model = make.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -65,6 +65,14 @@ def test_rows_of_every_set(tmp_path, name, file, row, expected):
     assert read_public(name, tmp_path / file)[0] == splits  # the file alone
 
 
+def test_a_file_of_another_set_is_refused(tmp_path):
+    file = jsonl(tmp_path / "aime25.jsonl", PROBLEM)
+    with pytest.raises(PromptFileError, match=r"aime25.jsonl: by its name this is aime25, not amc"):
+        read_public("amc", file)
+    for name in ("mine.jsonl", "test.jsonl"):
+        assert read_public("amc", jsonl(tmp_path / name, PROBLEM))[0].keys() == {"test"}
+
+
 def test_every_public_set_has_a_home_for_each_split():
     for name, known in PUBLIC.items():
         assert known.homes.keys() == known.stems.keys(), name

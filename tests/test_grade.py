@@ -39,6 +39,13 @@ def test_a_line_for_each_row_and_the_totals(dppo, answers):
     ]
 
 
+def test_an_answer_cannot_steer_the_terminal(dppo, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"gold": "7", "pred": "\\boxed{\x1b[31m\u202e\ud800 7\n8}"}) + "\n")
+    done = dppo("grade", path, *FIELDS)
+    assert done.status == 0 and done.out.splitlines()[0].split()[2:5] == ["?[31m??", "7", "8"]
+
+
 def test_json_is_one_object_and_settings_come_from_flags_and_rows(dppo, answers, tmp_path):
     packed = tmp_path / "answers.jsonl.gz"
     packed.write_bytes(gzip.compress(answers.read_bytes()))

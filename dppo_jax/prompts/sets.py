@@ -94,7 +94,20 @@ def read_public(name: str, source: Path | None) -> tuple[Splits, Dropped]:
     if source is None:
         with public_files(name, known.homes) as files:
             return _read(files, known.example)
+    if source.is_file() and (other := _set_of(source.name)) not in (name, None):
+        raise PromptFileError(
+            f"{source}: by its name this is {other}, not {name}; rename it if not"
+        )
     return _read(split_files(source, name, known.stems), known.example)
+
+
+def _set_of(file: str) -> str | None:
+    """The published set whose file this is by its name; None where several may have such a one."""
+    stems = [
+        (stem, name) for name, each in PUBLIC.items() for s in each.stems.values() for stem in s
+    ]
+    found = {name for stem, name in stems if file.startswith(stem)}
+    return found.pop() if len(found) == 1 else None
 
 
 def read_own(name: str, source: Path, fields: Fields, split: str | None) -> tuple[Splits, Dropped]:

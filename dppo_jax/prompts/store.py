@@ -130,7 +130,7 @@ def load(name: str, data_dir: str | Path, split: str) -> PromptSource:
         prepare(name, data_dir)
     if not path.exists():
         if name not in NAMES:
-            raise ValueError(_unknown(name, (*NAMES, *_prepared(data_dir))))
+            raise ValueError(_unknown(name, [*dict.fromkeys((*NAMES, *_prepared(data_dir)))]))
         raise PromptFileError(
             f"{path}: {name} is not prepared; run: dppo data prepare {name} [--from FILE_OR_DIR]"
         )

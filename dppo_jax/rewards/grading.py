@@ -153,12 +153,11 @@ def as_json(graded: Graded) -> dict[str, Any]:
 def show(graded: Graded, say: Callable[[str], None] = print) -> None:
     """A line for each row, then the totals."""
     for line, verdict in zip(graded.lines, graded.verdicts, strict=True):
-        extracted = "-" if verdict.extracted is None else " ".join(verdict.extracted.split())
+        extracted = "-" if verdict.extracted is None else _one_line(verdict.extracted)
         if len(extracted) > 40:
             extracted = extracted[:37] + "..."
-        reason = " ".join(verdict.reason.split())
-        say(f"{line:>6}  {verdict.score:<5g} {extracted:<40}  {reason}".encode(
-            "utf-8", "replace").decode())  # fmt: skip
+        reason = _one_line(verdict.reason)
+        say(f"{line:>6}  {verdict.score:<5g} {extracted:<40}  {reason}")
     totals = graded.totals
     say(f"{totals['correct']} of {totals['rows']} correct, mean score {totals['mean_score']:.4f}")
     for name, what in (("unparsed", "no answer found"), ("failed", "not judged")):
@@ -167,6 +166,11 @@ def show(graded: Graded, say: Callable[[str], None] = print) -> None:
     if "agreement" in totals:
         say(f"agreement {totals['agreement']:.4f}; false positives {totals['false_positives']}, "
             f"false negatives {totals['false_negatives']}")  # fmt: skip
+
+
+def _one_line(text: str) -> str:
+    """The text for a terminal, which control characters of an answer must not reach."""
+    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
 
 
 def _totals(lines: Sequence[int], verdicts: Sequence[Verdict]) -> dict[str, Any]:
