@@ -106,7 +106,7 @@ class TokenStats:
     exact_kl: Float[Array, "B T"] | None = None  # KL(rollout policy || current), nats
     uniform_logp: Float[Array, "B T"] | None = None  # mean over the vocabulary of log π(v)
     values: Float[Array, "B T *Q"] | None = None  # the critic's: a number, or Q quantiles
-    # Σ π², Σ π³ over the vocabulary, and the mean square of the hidden state; no gradient
+    # Σ π², Σ π³ over the vocabulary, and mean((x/T)²) of the hidden state x; no gradient
     last_layer: Float[Array, "B T 3"] | None = None
 
 

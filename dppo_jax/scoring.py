@@ -269,7 +269,7 @@ def _uniform_logp(
 def last_layer(
     decoder: Decoder, states: Float[Array, "B T D"], temperature: float
 ) -> Float[Array, "B T 3"]:
-    """Σ_v π(v)², Σ_v π(v)³ and mean(x²) of the hidden state x, float32, without gradient.
+    """Σ_v π(v)², Σ_v π(v)³ and mean((x/T)²) of the hidden state x, float32, without gradient.
 
     Σ π^n = exp(lse_n - n·lse), lse_n = log Σ_v e^(n·z_v): the head's at temperature / n, so that
     no logits are kept.
@@ -289,7 +289,7 @@ def last_layer(
         ).lse
         for power in (1, 2, 3)
     )
-    square = jnp.mean(jnp.square(hidden.astype(jnp.float32)), axis=-1)
+    square = jnp.mean(jnp.square(hidden.astype(jnp.float32) / temperature), axis=-1)
     found = jnp.exp(twice - 2 * lse), jnp.exp(thrice - 3 * lse), square
     return unflatten_tokens(jnp.stack(found, axis=-1), *shape)
 

@@ -31,7 +31,7 @@ def stats_of(policies, advantages, hidden):
 
 
 def test_hand_computed_table():
-    """Columns: π, A, mean(x²) -> m_H, m_F at step_size 0.1, and what the defaults keep.
+    """Columns: π, A, mean(x²) -> m_H, m_F at step_size 0.1, and what 0 <= m_H, m_F <= 0.005 keep.
 
     Row 1: r = 0.5, Σπ² = 0.38, c = 0.1·2·1.5 = 0.3, s = 0.3·0.38 = 0.114,
     Var = 0.09·(0.16 - 0.12²) = 0.013104, m_H = 2·0.114 + (0.114² - 0.013104) = 0.227892,
@@ -47,9 +47,23 @@ def test_hand_computed_table():
     wanted = [0.227892, 0.152 - (0.076**2 - 0.04 * 0.1456), 0.0, 6.0]
     np.testing.assert_allclose(found.objective[0], wanted, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found.policy[0], [0.006498, 0.002888, 0.0, 4.5], rtol=1e-5)
-    gradient = jax.grad(lambda logp: o.capo().loss(dataclasses.replace(stats, logp=logp), batch)[0])
+
+    def gradient(objective, batch):
+        def loss(logp):
+            return objective.loss(dataclasses.replace(stats, logp=logp), batch).loss_sum
+
+        return jax.grad(loss)(stats.logp)[0]
+
     # -A·r where kept, r = 1
-    np.testing.assert_allclose(gradient(stats.logp)[0], [0.0, 2.0, -1.0, 0.0], atol=1e-7)
+    one_sided = o.capo(0.1, delta_f=0.005, delta_h=0.0, delta_h_high=jnp.inf)
+    np.testing.assert_allclose(gradient(one_sided, batch), [0.0, 2.0, -1.0, 0.0], atol=1e-7)
+    # s = 0.11 and -0.076 are beyond √(2·1e-4) = 0.014; at a hundredth of the step none is
+    np.testing.assert_allclose(gradient(o.capo(0.1), batch), [0.0, 0.0, -1.0, 0.0], atol=1e-7)
+    slow = gradient(o.capo(0.001), batch)
+    np.testing.assert_allclose(slow, [-2.0, 2.0, -1.0, 0.0], atol=1e-7)  # the last: s = 0.03
+    rollout = dataclasses.replace(batch.rollout, logp_rollout=stats.logp - jnp.log(1.25))
+    moved = gradient(o.capo(0.001), dataclasses.replace(batch, rollout=rollout))
+    np.testing.assert_allclose(moved, [0.0, 2.5, 0.0, 0.0], atol=1e-6)  # r = 1.25: GRPO's clip
 
 
 def test_predictions_are_those_of_the_whole_matrices():
@@ -90,7 +104,7 @@ def test_sums_over_the_vocabulary(tiny, prompts, soft_cap):
         decoder = model.bind(params)
         states, _ = full_forward(decoder, prompts.tokens, prompts.mask)
         pi = jax.nn.softmax(decoder.logits(states) / 0.8)
-        square = jnp.mean(states**2, axis=-1)
+        square = jnp.mean((states / 0.8) ** 2, axis=-1)
         wanted = jnp.stack([(pi**2).sum(-1), (pi**3).sum(-1), square], -1)
         return last_layer(decoder, states, 0.8), wanted
 
@@ -100,7 +114,8 @@ def test_sums_over_the_vocabulary(tiny, prompts, soft_cap):
 def test_an_update_masks_by_it(tiny):
     """The sums reach the objective through the scorer."""
     model, params = tiny
-    update = make_update(model, o.capo(step_size=1.0), optax.sgd(0.1), temperature=1.0)
+    objective = o.capo(1.0, 0.005, 0.0, jnp.inf, delta_low=1.0, delta_high=jnp.inf)
+    update = make_update(model, objective, optax.sgd(0.1), temperature=1.0)
     state = init_state(jax.tree.map(jnp.copy, params), optax.sgd(0.1))
     _, metrics = update(state, made_batch())
     assert 0 < reduce_metrics(metrics)["mask/fraction"] < 1
