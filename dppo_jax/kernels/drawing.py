@@ -144,27 +144,29 @@ def draw(
     they were drawn from is then all recorded, and can be scored again (`scoring.renormalised`).
     """
     columns = columns or Columns(logits.shape[1])
-    by_row = isinstance(temperature, Array)
-    divisor = (
-        jnp.where(temperature == 0, 1.0, temperature)[:, None] if by_row else temperature or 1.0
-    )
-    z = logits.astype(jnp.float32) / divisor
+    asked = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), len(logits))
+    greedy = asked == 0
+    z = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, asked)[:, None]
     if isinstance(filters, RowFilters) or filters.on:
         least = threshold(z, filters, columns=columns)
         z = jnp.where(z >= least[:, None], z, -jnp.inf)
         if replay:
             truncated = jnp.broadcast_to(filters.on, len(z))
             z = jnp.where(truncated[:, None], capped(z, top_k_capture, columns), z)
-    logp = columns.log_softmax(z)
-    p = jnp.exp(logp)
-    topk_logp, topk_ids = columns.top(logp, top_k_capture)
-    if by_row:
-        token = jnp.where(temperature == 0, topk_ids[:, 0], inverse_cdf(p, numbers, columns))
-    else:
-        token = inverse_cdf(p, numbers, columns) if temperature else topk_ids[:, 0]
-    entropy = columns.sum(-jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1))
-    drawn = Drawn(token, columns.value_at(logp, token), topk_ids, topk_logp, entropy)
+    largest = columns.max(jnp.max(z, axis=1))
+    below = z - largest[:, None]
+    e = jnp.exp(below)
+    total = columns.sum(jnp.sum(e, axis=1))
+    log_total = jnp.log(total)
+    # The most likely token, the first of equals: what numbers of 0 draw from among them.
+    weights = jnp.where(greedy[:, None], (below >= 0).astype(e.dtype), e)
+    zeros = jax.tree.map(lambda u: jnp.where(greedy, 0.0, u), numbers)
+    token = inverse_cdf(weights, zeros, columns)
+    logp = columns.value_at(below, token) - log_total
+    topk, topk_ids = columns.top(below, top_k_capture)
+    spread = columns.sum(jnp.sum(jnp.where(e > 0, e * below, 0.0), axis=1))
+    drawn = Drawn(token, logp, topk_ids, topk - log_total[:, None], log_total - spread / total)
     if not replay:
         return drawn
-    kept = jnp.sum(topk_logp > -jnp.inf, axis=1, dtype=jnp.int32)
+    kept = jnp.sum(drawn.topk_logp > -jnp.inf, axis=1, dtype=jnp.int32)
     return drawn._replace(kept_count=jnp.where(filters.on, kept, 0))

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dppo_jax.kernels.columns import Columns
-from dppo_jax.kernels.drawing import Drawn, draw, numbers
+from dppo_jax.kernels.drawing import Drawn, Numbers, draw, numbers
 from dppo_jax.kernels.filters import RowFilters
 
 
@@ -54,6 +54,15 @@ def row_keys(rows: RowSampling, position: Int[Array, " B"]) -> Array:
     return jax.vmap(key_of)(rows.seed, rows.sample, position)
 
 
+def row_numbers(rows: RowSampling, position: Int[Array, " B"], steps: int) -> Numbers:
+    """What the next `steps` tokens of each row are drawn with, a step after the other."""
+
+    def of_step(step):
+        return numbers(row_keys(rows, position + step), len(position))
+
+    return jax.vmap(of_step)(jnp.arange(steps))
+
+
 def changed_logits(
     logits: Float[Array, "B C"],
     rows: RowSampling,
@@ -96,6 +105,7 @@ def draw_rows(
     raw_logp: bool = False,
     replay: bool = False,
     columns: Columns | None = None,
+    ahead: Numbers | None = None,
 ) -> Drawn:
     """A token a row from softmax(changed_logits / temperature) within its filters.
 
@@ -107,10 +117,11 @@ def draw_rows(
       position: of the token in its response, 0 the first.
       history: ids of the row's prompt and response so far, in any order; ids outside [0, V) are
         room not used. None where no row has a repetition penalty: then none is applied.
+      ahead: of `row_numbers` at this position, where they were made before.
     """
     rows = jax.tree.map(jnp.asarray, rows)
     columns = columns or Columns(logits.shape[1])
-    own = numbers(row_keys(rows, position), len(logits))
+    own = ahead or numbers(row_keys(rows, position), len(logits))
     logits = logits.astype(jnp.float32)
 
     def plain() -> Drawn:

@@ -92,6 +92,7 @@ def sample_rows(
     soft_cap: float | None = None,
     raw_logp: bool = False,
     replay: bool = False,
+    ahead: Numbers | None = None,
     form: Form | None = None,
     layout: Layout | None = None,
 ) -> Drawn:
@@ -101,13 +102,13 @@ def sample_rows(
     """
 
     def local(hidden, unembedding, own, columns: Columns) -> Drawn:
-        rows, position, history = own
+        rows, position, history, ahead = own
 
         def plain() -> Drawn:
             logits = _logits(hidden, unembedding, soft_cap)
             return draw_rows(
                 logits, rows, position, history, top_k_capture,
-                raw_logp=raw_logp, replay=replay, columns=columns,
+                raw_logp=raw_logp, replay=replay, columns=columns, ahead=ahead,
             )  # fmt: skip
 
         if _form(form, unembedding, columns) == "plain":
@@ -115,7 +116,7 @@ def sample_rows(
         out = streamed(
             hidden,
             unembedding,
-            numbers(row_keys(rows, position), len(hidden)),
+            ahead or numbers(row_keys(rows, position), len(hidden)),
             temperature=rows.temperature,
             top_k_capture=top_k_capture,
             filters=rows.filters,
@@ -125,7 +126,7 @@ def sample_rows(
         )
         return _mended(out.drawn, rows.changed | ~out.complete, plain)
 
-    return _on(layout, local, hidden, unembedding, (rows, position, history))
+    return _on(layout, local, hidden, unembedding, (rows, position, history, ahead))
 
 
 def _on(layout: Layout | None, local: Callable, hidden, unembedding, by_row) -> Drawn:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.kernels.drawing import Drawn
-from dppo_jax.kernels.rows import RowSampling
+from dppo_jax.kernels.rows import RowSampling, row_numbers
 from dppo_jax.kernels.sampler import sample_rows
 from dppo_jax.models.attention import Prefix, attention
 from dppo_jax.models.block import Block
@@ -192,6 +192,7 @@ def decode_chunk(
     form = Ragged(c, dtype) if programs.ragged else Viewed(c, dtype, programs.chunk)
     states = form.start(pages, Where(slots.table, slots.new_pages, slots.length))
     everyone = jnp.arange(batch)
+    ahead = row_numbers(slots.rows, slots.drawn, programs.chunk)
 
     def through_layers(token, step, states, active):
         position = jnp.minimum(slots.length + step, programs.max_context - 1)
@@ -216,6 +217,7 @@ def decode_chunk(
             soft_cap=c.final_soft_cap,
             raw_logp=programs.raw_logp,
             replay=programs.replay,
+            ahead=jax.tree.map(lambda u: u[p.step], ahead),
             layout=sampler_layout(batch),
         )
         if drawn.raw_logp is not None:
