@@ -291,8 +291,10 @@ def test_rounding_to_int8_by_hand():
     k = jnp.array([[[127.0, -63.6], [0.5, 0.25]]])
     v = jnp.array([[[0.0, 0.0], [-2.54, 0.02]]])
     stored = rounded(k, v, jnp.dtype("int8"))
-    np.testing.assert_array_equal(stored.kv[0], [[127, -64], [0, 0], [127, 64], [-127, 1]])
-    np.testing.assert_allclose(stored.scale[0], [1.0, 0.0, 0.5 / 127, 0.02], rtol=1e-6)
+    np.testing.assert_array_equal(stored.k[0], [[127, -64], [127, 64]])
+    np.testing.assert_array_equal(stored.v[0], [[0, 0], [-127, 1]])
+    np.testing.assert_allclose(stored.k_scale[0], [1.0, 0.5 / 127], rtol=1e-6)
+    np.testing.assert_allclose(stored.v_scale[0], [0.0, 0.02], rtol=1e-6)
     back_k, back_v = restored(stored, jnp.dtype("float32"))
     np.testing.assert_allclose(back_k[0], [[127, -64], [0.5, 64 * 0.5 / 127]], rtol=1e-6)
     np.testing.assert_allclose(back_v[0], [[0, 0], [-2.54, 0.02]], rtol=1e-5)
@@ -302,7 +304,7 @@ def test_the_cache_budget_is_in_bytes(tiny):
     """2 layers x 4 tokens x 2 x 2 heads x 6 numbers x 4 bytes = 768 a page."""
     engine = Engine(tiny[0], dataclasses.replace(SMALL, cache_bytes=768 * 3 + 700))
     assert engine._scheduler.shards[0].pages.count == 3
-    assert sum(layer.kv.nbytes for layer in engine._device._pages) == 768 * 3
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(engine._device._pages)) == 768 * 3
 
 
 def test_a_real_model_tells_its_story(shared_data):

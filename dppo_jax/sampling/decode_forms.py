@@ -14,18 +14,21 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.models.config import DecoderConfig
-from dppo_jax.sampling.paged_attention import (
-    Recent,
-    attend_view,
-    no_recent,
-    tokens_of,
-    with_column,
+from dppo_jax.sampling.paged_attention import attend_view, bias_of, tokens_from, with_column
+from dppo_jax.sampling.paged_cache import (
+    RAGGED,
+    SPLIT,
+    LayerPages,
+    RaggedPages,
+    SplitPages,
+    View,
+    rounded,
+    view_of,
 )
-from dppo_jax.sampling.paged_cache import LayerPages, rounded, view_of, write_tokens
 from dppo_jax.sharding import spec_of
 
-# Logical axes that split arrays of pages, arrays [slots, heads, ...], and arrays of slots.
-PAGES = ("queries", None, "kv_heads")
+# Logical axes that split arrays [slots, tokens, heads, ...], [slots, heads, ...], and of slots.
+TOKENS = ("queries", None, "kv_heads")
 HEADS = ("queries", "kv_heads")
 SLOTS = ("queries",)
 WHOLE: tuple[str, ...] = ()
@@ -67,7 +70,7 @@ class Where(NamedTuple):
 class DecodeForm(Protocol):
     """One way to attend in the loop."""
 
-    def start(self, pages: Sequence[LayerPages], where: Where) -> list[Any]: ...
+    def start(self, pages: Sequence[Any], where: Where) -> list[Any]: ...
 
     def step(
         self,
@@ -81,45 +84,50 @@ class DecodeForm(Protocol):
     ) -> tuple[Float[Array, "B Hd"], Any]: ...
 
     def finish(
-        self, pages: Sequence[LayerPages], states: list[Any], counts: Int[Array, " B"]
+        self, pages: Sequence[Any], states: list[Any], counts: Int[Array, " B"]
     ) -> list[LayerPages]: ...
 
 
 class Viewed:
-    """A dense copy of the pages in use is made once a chunk, and only read in the loop.
+    """A dense copy of the pages in use is made once a chunk, with room for what the loop draws.
 
-    What the loop draws goes to a column a step, and to its pages at the end. For backends whose
-    gathers cost more than the memory of the copy.
+    That goes to its pages at the end. For backends whose gathers cost more than the memory of the
+    copy.
     """
 
     def __init__(self, config: DecoderConfig, dtype: jnp.dtype, chunk: int):
         self.config, self.dtype, self.chunk = config, dtype, chunk
 
-    def start(self, pages: Sequence[LayerPages], where: Where) -> list[Recent]:
+    def start(self, pages: Sequence[Any], where: Where) -> list[View]:
         self.where = where
-        look = by_shard(view_of, PAGES, SLOTS, gives=HEADS)
-        self.views = [look(layer, where.table) for layer in pages]
-        return [no_recent(view, self.chunk) for view in self.views]
+
+        def look(layer: SplitPages, table) -> View:
+            return view_of(layer, table, self.chunk)
+
+        look = by_shard(look, SPLIT, SLOTS, gives=HEADS)
+        return [look(layer, where.table) for layer in pages]
 
     def step(self, layer, state, q, k, v, step, active):
-        def attend(q, new, view, length, recent, step):
-            recent = with_column(recent, new, step)
-            window = self.config.windows[layer]
-            return attend_view(self.config, q, view, length, recent, step, window), recent
+        window = self.config.windows[layer]
 
-        given = (HEADS, HEADS, HEADS, SLOTS, HEADS, WHOLE)
+        def attend(q, new, view: View, length, step):
+            columns = view.v.shape[2]
+            view = with_column(view, new, columns - self.chunk + step)
+            bias = bias_of(columns, length, self.chunk, step, window)
+            return attend_view(self.config, q, view, bias), view
+
+        given = (HEADS, HEADS, HEADS, SLOTS, WHOLE)
         attend = by_shard(attend, *given, gives=(HEADS, HEADS))
-        new = rounded(k, v, self.dtype)
-        return attend(q, new, self.views[layer], self.where.length, state, step)
+        return attend(q, rounded(k, v, self.dtype), state, self.where.length, step)
 
     def finish(self, pages, states, counts):
-        def write(layer: LayerPages, recent: Recent, where: Where, counts):
+        def write(layer: SplitPages, view: View, where: Where, counts):
             columns = jnp.arange(self.chunk)
-            to, at = where.places(columns, layer.kv.shape[1])
-            to = jnp.where(columns < counts[:, None], to, len(layer.kv))
-            return write_tokens(layer, tokens_of(recent), to, at)
+            to, at = where.places(columns, layer.page_size)
+            to = jnp.where(columns < counts[:, None], to, len(layer.k))
+            return layer.with_tokens(tokens_from(view, view.v.shape[2] - self.chunk), to, at)
 
-        write = by_shard(write, PAGES, HEADS, SLOTS, SLOTS, gives=PAGES)
+        write = by_shard(write, SPLIT, HEADS, SLOTS, SLOTS, gives=SPLIT)
         return [write(*both, self.where, counts) for both in zip(pages, states, strict=True)]
 
 
@@ -133,18 +141,18 @@ class Ragged:
     def __init__(self, config: DecoderConfig, dtype: jnp.dtype):
         self.config, self.dtype = config, dtype
 
-    def start(self, pages: Sequence[LayerPages], where: Where) -> list[LayerPages]:
+    def start(self, pages: Sequence[Any], where: Where) -> list[RaggedPages]:
         self.where = where
         return list(pages)
 
     def step(self, layer, state, q, k, v, step, active):
         c = self.config
 
-        def attend(q, new, pages: LayerPages, where: Where, step, active):
-            slots, page_size = len(q), pages.kv.shape[1]
+        def attend(q, new, pages: RaggedPages, where: Where, step, active):
+            slots, page_size = len(q), pages.page_size
             to, at = where.places(step, page_size)
             to = jnp.where(active, to[:, 0], len(pages.kv))
-            pages = write_tokens(pages, new, to, at[:, 0])
+            pages = pages.with_tokens(new, to, at[:, 0])
             attended = ragged_paged_attention(
                 q,
                 pages.kv,
@@ -160,8 +168,8 @@ class Ragged:
             )
             return attended.reshape(slots, -1), pages
 
-        given = (HEADS, HEADS, PAGES, SLOTS, WHOLE, SLOTS)
-        attend = by_shard(attend, *given, gives=(HEADS, PAGES))
+        given = (HEADS, HEADS, RAGGED, SLOTS, WHOLE, SLOTS)
+        attend = by_shard(attend, *given, gives=(HEADS, RAGGED))
         return attend(q, rounded(k, v, self.dtype), state, self.where, step, active)
 
     def finish(self, pages, states, counts):

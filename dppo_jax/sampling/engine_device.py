@@ -59,8 +59,12 @@ class EngineDevice:
             self._pages, self._hidden = jax.jit(
                 lambda: (
                     empty_pages(
-                        model.config, c.cache_dtype, self.shards * self.shape.pages, c.page_size
-                    ),
+                        model.config,
+                        c.cache_dtype,
+                        self.shards * self.shape.pages,
+                        c.page_size,
+                        ragged=self._programs.ragged,
+                    ),  # fmt: skip
                     empty_hidden(model.config, c.slots),
                 )
             )()

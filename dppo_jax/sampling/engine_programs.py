@@ -19,14 +19,14 @@ from dppo_jax.models.attention import Prefix, attention
 from dppo_jax.models.block import Block
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Decoder, Model, Params, rope_tables
-from dppo_jax.sampling.decode_forms import PAGES, SLOTS, Ragged, Viewed, Where, by_shard
+from dppo_jax.sampling.decode_forms import SLOTS, TOKENS, Ragged, Viewed, Where, by_shard
 from dppo_jax.sampling.paged_cache import (
     LayerPages,
     copy_pages,
-    pages_of,
     restored,
     rounded,
     storage_dtype,
+    tokens_of,
     write_pages,
 )
 from dppo_jax.sharding import constrain, sampler_layout, viewed
@@ -102,7 +102,7 @@ def prefill(
     """
     decoder, c = model.bind(params), model.config
     rows, width = tokens.shape
-    page_size = pages[0].kv.shape[1]
+    page_size, axes = pages[0].page_size, pages[0].axes
     columns = jnp.arange(width)
     mask = columns < lengths[:, None]
     positions = (prefix_lengths[:, None] + columns).reshape(-1)
@@ -111,7 +111,7 @@ def prefill(
     dtype = storage_dtype(c, cache_dtype)
     x = constrain(decoder.embed(tokens.reshape(-1)), "tokens", "width")
     new_pages = []
-    write = by_shard(write_pages, PAGES, PAGES, SLOTS, gives=PAGES)
+    write = by_shard(write_pages, axes, TOKENS, SLOTS, gives=axes)
     for block, layer, window in zip(_blocks(decoder), pages, c.windows, strict=True):
         q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
         new = rounded(k, v, dtype)
@@ -119,7 +119,7 @@ def prefill(
         q, k, v = (t.reshape(rows, 1, width, *t.shape[1:]) for t in (q, k, v))
         before = None
         if prefix is not None:
-            kept = by_shard(pages_of, PAGES, SLOTS, gives=PAGES)(layer, prefix)
+            kept = by_shard(tokens_of, axes, SLOTS, gives=TOKENS)(layer, prefix)
             places = prefix.shape[1] * page_size
             seen = jnp.arange(places) >= places - prefix_lengths[:, None]
             before = Prefix(*restored(kept, x.dtype), seen)
@@ -137,7 +137,8 @@ def prefill(
 @functools.partial(jax.jit, donate_argnames=("pages",))
 def copy(pages: list[LayerPages], source: Int[Array, " N"], to: Int[Array, " N"]):
     """The pages with some copied; numbers beyond the last page are copied nowhere."""
-    do = by_shard(copy_pages, PAGES, SLOTS, SLOTS, gives=PAGES)
+    axes = pages[0].axes
+    do = by_shard(copy_pages, axes, SLOTS, SLOTS, gives=axes)
     return [do(layer, source, to) for layer in pages]
 
 

@@ -1,9 +1,7 @@
-"""Attention of one new token a slot over its pages, in the forms that the engine's loop can take.
+"""Attention of one new token a slot over a view of its pages.
 
 Axes: B slots, h key heads, r queries a key head, t keys, d head size.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,90 +9,77 @@ from jaxtyping import Array, Float, Int
 
 from dppo_jax.models.attention import NEGATIVE, soft_capped
 from dppo_jax.models.config import DecoderConfig
-from dppo_jax.sampling.paged_cache import LayerPages, View
+from dppo_jax.sampling.paged_cache import Stored, View
 
 
-class Recent(NamedTuple):
-    """Keys and values drawn since the loop began, a column a step; scales as in the pages."""
+def with_column(view: View, new: Stored, column: Int[Array, ""]) -> View:
+    """The view with one token of each slot; new leaves [B, Hkv, ...]."""
 
-    k: Array  # [B, Hkv, C, d]
-    v: Array
-    k_scale: Float[Array, "B Hkv C"] | None
-    v_scale: Float[Array, "B Hkv C"] | None
+    def put(room, leaf, axis):
+        if leaf is None:
+            return None
+        update = jnp.expand_dims(leaf, axis)
+        return jax.lax.dynamic_update_slice_in_dim(room, update, column, axis)
 
-
-def no_recent(view: View, columns: int) -> Recent:
-    """Room for `columns` steps beside this view."""
-
-    def room(leaf):
-        return jnp.zeros((*leaf.shape[:2], columns, *leaf.shape[3:]), leaf.dtype)
-
-    return jax.tree.map(room, Recent(*view))
+    return View(*map(put, view, new, (3, 2, 2, 2)))
 
 
-def with_column(recent: Recent, new: LayerPages, column: Int[Array, ""]) -> Recent:
-    """`recent` with the tokens of one step; new leaves [B, 2*Hkv, ...]."""
-
-    def put(room, leaf, first):
-        update = leaf[:, first::2, None]
-        return jax.lax.dynamic_update_slice_in_dim(room, update, column, axis=2)
-
-    scales = (None, None)
-    if new.scale is not None:
-        scales = (put(recent.k_scale, new.scale, 0), put(recent.v_scale, new.scale, 1))
-    return Recent(put(recent.k, new.kv, 0), put(recent.v, new.kv, 1), *scales)
+def tokens_from(view: View, first: int) -> Stored:
+    """The tokens of the columns from `first` on: leaves [B, C, Hkv, ...]."""
+    scales = (None if scale is None else scale[:, :, first:] for scale in view[2:])
+    k, v = view.k[..., first:], view.v[:, :, first:]
+    return Stored(
+        jnp.moveaxis(k, 3, 1), jnp.moveaxis(v, 2, 1),
+        *(None if scale is None else jnp.moveaxis(scale, 2, 1) for scale in scales),
+    )  # fmt: skip
 
 
-def tokens_of(recent: Recent) -> LayerPages:
-    """As `write_tokens` takes them: leaves [B, C, 2*Hkv, ...]."""
-
-    def joined(k, v):  # [B, Hkv, C, ...] each
-        both = jnp.moveaxis(jnp.stack([k, v], axis=2), 3, 1)
-        return both.reshape(*both.shape[:2], -1, *both.shape[4:])
-
-    scale = None if recent.k_scale is None else joined(recent.k_scale, recent.v_scale)
-    return LayerPages(joined(recent.k, recent.v), scale)
+def bias_of(
+    columns: int,
+    length: Int[Array, " B"],
+    room: int,
+    step: Int[Array, ""],
+    window: int | None,
+) -> Float[Array, "B S"]:
+    """0 where a column is to be seen, else NEGATIVE: of a view whose last `room` columns are for
+    the tokens after `length`, those up to `step` written."""
+    column, first = jnp.arange(columns), columns - room
+    ahead = column >= first
+    length = length[:, None]
+    seen = jnp.where(ahead, column <= first + step, column < length)
+    if window is not None:
+        place = jnp.where(ahead, length + column - first, column)
+        seen &= length + step - place < window
+    return jnp.where(seen, 0.0, NEGATIVE)
 
 
 def attend_view(
     config: DecoderConfig,
     q: Float[Array, "B H d"],
     view: View,
-    start: Int[Array, " B"],
-    recent: Recent,
-    column: Int[Array, ""],
-    window: int | None,
+    bias: Float[Array, "B S"],
 ) -> Float[Array, "B Hd"]:
-    """softmax(q·k·scale)·v over the `start` tokens of the view and the columns up to `column`.
+    """softmax(q·k·scale + bias)·v over the view.
 
     Scores and their softmax in float32; int8 keys and values are scaled after their products.
     """
     batch, heads, size = q.shape
     groups = view.k.shape[1]
+    alone = heads == groups
     q = (q * config.attention_scale).reshape(batch, groups, heads // groups, size)
-
-    def scores(k, k_scale):
-        k = k.astype(q.dtype)
-        z = jnp.einsum("bhrd,bhtd->bhrt", q, k, preferred_element_type=jnp.float32)
-        z = z if k_scale is None else z * k_scale[:, :, None]
-        return soft_capped(z, config.attention_soft_cap)
-
-    tokens, columns = jnp.arange(view.k.shape[2]), jnp.arange(recent.k.shape[2])
-    seen = tokens < start[:, None]
-    seen_recent = columns <= column
-    if window is not None:
-        seen &= start[:, None] + column - tokens < window
-        seen_recent &= column - columns < window
-    on_view = jnp.where(seen[:, None, None], scores(view.k, view.k_scale), NEGATIVE)
-    on_recent = jnp.where(seen_recent, scores(recent.k, recent.k_scale), NEGATIVE)
-    weights = jax.nn.softmax(jnp.concatenate([on_view, on_recent], axis=-1), axis=-1)
-
-    def values(w, v, v_scale):
-        w = w if v_scale is None else w * v_scale[:, :, None]
-        w, v = w.astype(q.dtype), v.astype(q.dtype)
-        return jnp.einsum("bhrt,bhtd->bhrd", w, v, preferred_element_type=jnp.float32)
-
-    split = view.k.shape[2]
-    out = values(weights[..., :split], view.v, view.v_scale)
-    out += values(weights[..., split:], recent.v, recent.v_scale)
-    return out.astype(q.dtype).reshape(batch, -1)
+    k, v = (x.astype(jnp.float32 if alone else q.dtype) for x in view[:2])
+    if alone:  # sums of products, which XLA fuses with the softmax where it would call a dot
+        z = jnp.sum(q[:, :, 0, :, None] * k, axis=2)[:, :, None]
+    else:
+        z = jnp.einsum("bhrd,bhdt->bhrt", q, k, preferred_element_type=jnp.float32)
+    z = z if view.k_scale is None else z * view.k_scale[:, :, None]
+    z = soft_capped(z, config.attention_soft_cap) + bias[:, None, None]
+    weights = jnp.exp(z - jnp.max(z, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights if view.v_scale is None else weights * view.v_scale[:, :, None]
+    if alone:
+        out = jnp.sum(weights[:, :, 0, :, None] * v, axis=2)[:, :, None]
+    else:
+        weights = weights.astype(q.dtype)
+        out = jnp.einsum("bhrt,bhtd->bhrd", weights, v, preferred_element_type=jnp.float32)
+    return (out / total).astype(q.dtype).reshape(batch, -1)

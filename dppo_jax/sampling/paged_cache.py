@@ -1,6 +1,6 @@
 """Keys and values in pages: their arrays, how they are rounded, written, copied and viewed.
 
-Key and value heads alternate on one axis, the form that JAX's ragged paged attention reads.
+Two layouts, one for each of the `decode_forms`: what the loop reads decides how tokens lie.
 """
 
 from typing import NamedTuple
@@ -14,20 +14,101 @@ from dppo_jax.models.config import DecoderConfig
 from dppo_jax.sharding import constrain, viewed
 
 INT8_LARGEST = 127
+# Logical axes that split the arrays of each layout.
+SPLIT, RAGGED = ("queries", "kv_heads"), ("queries", None, "kv_heads")
 
 
-class LayerPages(NamedTuple):
-    """One layer's pages, of all sequences."""
+class Stored(NamedTuple):
+    """Keys and values of tokens, rounded as pages keep them."""
 
-    kv: Float[Array, "pages page_size 2*Hkv d"] | Int[Array, "pages page_size 2*Hkv d"]
-    scale: Float[Array, "pages page_size 2*Hkv"] | None  # of int8: value = kv * scale
+    k: Float[Array, "*N Hkv d"] | Int[Array, "*N Hkv d"]
+    v: Float[Array, "*N Hkv d"] | Int[Array, "*N Hkv d"]
+    k_scale: Float[Array, "*N Hkv"] | None  # of int8: value = k * scale
+    v_scale: Float[Array, "*N Hkv"] | None
+
+
+class SplitPages(NamedTuple):
+    """One layer's pages, of all sequences. A head's keys lie with their tokens side by side and its
+    values a token after the other: the products of both then run along what lies side by side."""
+
+    k: Float[Array, "pages Hkv d page_size"] | Int[Array, "pages Hkv d page_size"]
+    v: Float[Array, "pages Hkv page_size d"] | Int[Array, "pages Hkv page_size d"]
+    k_scale: Float[Array, "pages Hkv page_size"] | None
+    v_scale: Float[Array, "pages Hkv page_size"] | None
+
+    @staticmethod
+    def of(tokens: Stored) -> "SplitPages":
+        """Pages of tokens [..., page_size, Hkv, d]."""
+        return SplitPages(
+            jnp.moveaxis(tokens.k, -3, -1),
+            jnp.swapaxes(tokens.v, -3, -2),
+            *(scale if scale is None else jnp.swapaxes(scale, -2, -1) for scale in tokens[2:]),
+        )
+
+    @property
+    def tokens(self) -> Stored:
+        """The contrary of `of`."""
+        return Stored(
+            jnp.moveaxis(self.k, -1, -3),
+            jnp.swapaxes(self.v, -3, -2),
+            *(scale if scale is None else jnp.swapaxes(scale, -2, -1) for scale in self[2:]),
+        )
+
+    @property
+    def page_size(self) -> int:
+        return self.v.shape[2]
+
+    @property
+    def axes(self) -> tuple:
+        return SPLIT
+
+    def with_tokens(self, new: Stored, to: Int[Array, "*N"], at: Int[Array, "*N"]) -> "SplitPages":
+        """These pages with tokens written to place `at` of page `to`."""
+
+        def put(old, leaf):
+            return None if old is None else old.at[to, :, at].set(leaf, mode="drop")
+
+        k = self.k.at[to, :, :, at].set(new.k, mode="drop")
+        return SplitPages(k, *map(put, self[1:], new[1:]))
+
+
+class RaggedPages(NamedTuple):
+    """The same as JAX's ragged paged attention reads it: heads of keys and values in turn."""
+
+    kv: Float[Array, "pages page_size 2*Hkv d"]
+
+    @staticmethod
+    def of(tokens: Stored) -> "RaggedPages":
+        """See `SplitPages`."""
+        k, v = tokens.k, tokens.v
+        return RaggedPages(jnp.stack([k, v], -2).reshape(*k.shape[:-2], -1, k.shape[-1]))
+
+    @property
+    def tokens(self) -> Stored:
+        """See `SplitPages`."""
+        return Stored(self.kv[..., 0::2, :], self.kv[..., 1::2, :], None, None)
+
+    @property
+    def page_size(self) -> int:
+        return self.kv.shape[1]
+
+    @property
+    def axes(self) -> tuple:
+        return RAGGED
+
+    def with_tokens(self, new: Stored, to: Int[Array, "*N"], at: Int[Array, "*N"]) -> "RaggedPages":
+        """See `SplitPages`."""
+        return RaggedPages(self.kv.at[to, at].set(self.of(new).kv, mode="drop"))
+
+
+LayerPages = SplitPages | RaggedPages
 
 
 class View(NamedTuple):
     """Keys and values of each slot's tokens in order, for a loop to read; scales as in pages."""
 
-    k: Array  # [B, Hkv, S, d]
-    v: Array
+    k: Array  # [B, Hkv, d, S]
+    v: Array  # [B, Hkv, S, d]
     k_scale: Float[Array, "B Hkv S"] | None
     v_scale: Float[Array, "B Hkv S"] | None
 
@@ -45,66 +126,59 @@ def page_bytes(config: DecoderConfig, cache_dtype: str, page_size: int) -> int:
 
 
 def empty_pages(
-    config: DecoderConfig, cache_dtype: str, pages: int, page_size: int
+    config: DecoderConfig, cache_dtype: str, pages: int, page_size: int, *, ragged: bool = False
 ) -> list[LayerPages]:
     """Room for `pages` pages in every layer."""
     dtype = storage_dtype(config, cache_dtype)
-    heads = 2 * config.kv_heads
-
-    def zeros(*shape, dtype=dtype):
-        with viewed("decode"):
-            return constrain(jnp.zeros(shape, dtype), "queries", None, "kv_heads")
 
     def layer() -> LayerPages:
-        kv = zeros(pages, page_size, heads, config.head_size)
-        int8 = dtype == jnp.int8
-        return LayerPages(kv, zeros(pages, page_size, heads, dtype=jnp.float32) if int8 else None)
+        tokens = jnp.zeros((pages, page_size, config.kv_heads, config.head_size), dtype)
+        scale = jnp.zeros(tokens.shape[:-1]) if dtype == jnp.int8 else None
+        with viewed("decode"):
+            nothing = Stored(tokens, tokens, scale, scale)
+            made = RaggedPages.of(nothing) if ragged else SplitPages.of(nothing)
+            return jax.tree.map(lambda leaf: constrain(leaf, *made.axes), made)
 
     return [layer() for _ in range(config.layers)]
 
 
-def rounded(
-    k: Float[Array, "*N Hkv d"], v: Float[Array, "*N Hkv d"], dtype: jnp.dtype
-) -> LayerPages:
-    """Keys and values as they are stored: leaves [*N, 2*Hkv, d] and [*N, 2*Hkv].
+def rounded(k: Float[Array, "*N Hkv d"], v: Float[Array, "*N Hkv d"], dtype: jnp.dtype) -> Stored:
+    """Keys and values as they are stored.
 
     int8: round(x / s) with s = max|x| / 127 of the token's head, in float32.
     """
-    kv = jnp.stack([k, v], axis=-2).reshape(*k.shape[:-2], 2 * k.shape[-2], k.shape[-1])
     if dtype != jnp.int8:
-        return LayerPages(kv.astype(dtype), None)
-    wide = kv.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1) / INT8_LARGEST
-    steps = wide / jnp.where(scale == 0, 1.0, scale)[..., None]
-    return LayerPages(jnp.round(steps).astype(jnp.int8), scale)
+        return Stored(k.astype(dtype), v.astype(dtype), None, None)
+
+    def steps(x):
+        wide = x.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(wide), axis=-1) / INT8_LARGEST
+        each = wide / jnp.where(scale == 0, 1.0, scale)[..., None]
+        return jnp.round(each).astype(jnp.int8), scale
+
+    (k, k_scale), (v, v_scale) = steps(k), steps(v)
+    return Stored(k, v, k_scale, v_scale)
 
 
-def restored(stored: LayerPages, dtype: jnp.dtype) -> tuple[Array, Array]:
+def restored(stored: Stored, dtype: jnp.dtype) -> tuple[Array, Array]:
     """Keys and values [*N, Hkv, d] that `stored` stands for."""
-    kv = stored.kv.astype(dtype)
-    if stored.scale is not None:
-        kv = (stored.kv * stored.scale[..., None]).astype(dtype)
-    return kv[..., 0::2, :], kv[..., 1::2, :]
+
+    def value(x, scale):
+        return x.astype(dtype) if scale is None else (x * scale[..., None]).astype(dtype)
+
+    return value(stored.k, stored.k_scale), value(stored.v, stored.v_scale)
 
 
-def write_pages(pages: LayerPages, new: LayerPages, to: Int[Array, "N E"]) -> LayerPages:
+def write_pages(pages: LayerPages, new: Stored, to: Int[Array, "N E"]) -> LayerPages:
     """The pages with whole ones written; new leaves [N, E * page_size, ...].
 
     Numbers beyond the last page are written nowhere.
     """
-
-    def write(old, leaf):
-        leaf = leaf.reshape(*to.shape, *old.shape[1:])
-        return old.at[to].set(leaf, mode="drop")
-
-    return jax.tree.map(write, pages, new)
-
-
-def write_tokens(
-    pages: LayerPages, new: LayerPages, to: Int[Array, "*N"], at: Int[Array, "*N"]
-) -> LayerPages:
-    """The pages with tokens written: leaf [*N, ...] to place `at` of page `to`."""
-    return jax.tree.map(lambda old, leaf: old.at[to, at].set(leaf, mode="drop"), pages, new)
+    shape = *to.shape, pages.page_size
+    of_pages = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[2:]), new)
+    return jax.tree.map(
+        lambda old, leaf: old.at[to].set(leaf, mode="drop"), pages, pages.of(of_pages)
+    )
 
 
 def copy_pages(pages: LayerPages, source: Int[Array, " N"], to: Int[Array, " N"]) -> LayerPages:
@@ -112,23 +186,27 @@ def copy_pages(pages: LayerPages, source: Int[Array, " N"], to: Int[Array, " N"]
     return jax.tree.map(lambda old: old.at[to].set(old[source], mode="drop"), pages)
 
 
-def pages_of(pages: LayerPages, table: Int[Array, "N E"]) -> LayerPages:
+def tokens_of(pages: LayerPages, table: Int[Array, "N E"]) -> Stored:
     """The tokens of the pages that `table` lists: leaves [N, E * page_size, ...]."""
-    return jax.tree.map(lambda leaf: leaf[table].reshape(len(table), -1, *leaf.shape[2:]), pages)
+    listed = jax.tree.map(lambda leaf: leaf[table], pages)
+    return jax.tree.map(lambda leaf: leaf.reshape(len(table), -1, *leaf.shape[3:]), listed.tokens)
 
 
-def view_of(pages: LayerPages, table: Int[Array, "B E"]) -> View:
-    """The pages that `table` lists, slot after slot, as dense arrays."""
+def view_of(pages: SplitPages, table: Int[Array, "B E"], room: int) -> View:
+    """The pages that `table` lists, slot after slot, as dense arrays, and places for `room` tokens
+    more; what is in these is nobody's."""
+    batch, listed = table.shape
+    page_size = pages.page_size
+    table = jnp.pad(table, ((0, 0), (0, -(-room // page_size))))
 
-    def part(leaf, first):  # [B, E, page_size, Hkv, ...] -> [B, Hkv, E * page_size, ...]
-        leaf = leaf[table][:, :, :, first::2]
-        batch, count, size, heads = leaf.shape[:4]
-        return jnp.moveaxis(leaf, 3, 1).reshape(batch, heads, count * size, *leaf.shape[4:])
+    def joined(leaf, axis):  # the pages' axis goes before that of a page's tokens
+        found = jnp.moveaxis(leaf[table], 1, axis)
+        shape = *found.shape[:axis], -1, *found.shape[axis + 2 :]
+        whole = found.reshape(shape)
+        return jax.lax.slice_in_dim(whole, 0, listed * page_size + room, axis=axis)
 
-    scales = (None, None)
-    if pages.scale is not None:
-        scales = (part(pages.scale, 0), part(pages.scale, 1))
-    return View(part(pages.kv, 0), part(pages.kv, 1), *scales)
+    scales = (None if scale is None else joined(scale, 2) for scale in pages[2:])
+    return View(joined(pages.k, 3), joined(pages.v, 2), *scales)
 
 
 def table_of(rows: list[list[int]], width: int, filler: int) -> np.ndarray:

@@ -53,11 +53,11 @@ def main() -> dict:
                 tokens.append(one.tokens.tolist() == two.tokens.tolist() == three.tokens.tolist())
                 if tokens[-1]:
                     logp.append(float(np.abs(one.logp - two.logp).max()))
-        kv = engine._device._pages[0].kv
+        keys = engine._device._pages[0].k
         found[name] = {
             "same_tokens": tokens,
             "logp_difference": max(logp),
-            "part_of_the_pages": kv.addressable_shards[0].data.size / kv.size,
+            "part_of_the_pages": keys.addressable_shards[0].data.size / keys.size,
             "compiled_again": engine.stats.compilations - compiled,
             "cached_tokens": engine.stats.cached_tokens,
             "held": [shard.pages.held for shard in engine._scheduler.shards],

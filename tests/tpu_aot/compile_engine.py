@@ -27,11 +27,11 @@ from dppo_jax.models.decoder import Model
 from dppo_jax.models.hf_config import parse
 from dppo_jax.plan.hlo import costs_of
 from dppo_jax.sampling import engine_programs
-from dppo_jax.sampling.decode_forms import PAGES, why_not_ragged
+from dppo_jax.sampling.decode_forms import why_not_ragged
 from dppo_jax.sampling.engine_config import EngineConfig
 from dppo_jax.sampling.engine_inputs import SlotRows, empty_calls, shape_of
 from dppo_jax.sampling.engine_programs import Programs
-from dppo_jax.sampling.paged_cache import LayerPages, page_bytes
+from dppo_jax.sampling.paged_cache import RAGGED, RaggedPages, page_bytes
 from dppo_jax.sharding import MeshConfig, axes_of, shardings_of, spec_of
 
 sys.path.append(str(Path(__file__).parent.parent / "multidevice"))
@@ -73,7 +73,7 @@ def main(topology: str, layers: int, names: list[str]) -> dict:
         shardings_of(model.logical_axes, mesh),
     )
     kv = (shards * shape.pages, PAGE, 2 * config.kv_heads, config.head_size)
-    pages = [LayerPages(array(kv, jnp.bfloat16, *PAGES), None)] * layers
+    pages = [RaggedPages(array(kv, jnp.bfloat16, *RAGGED))] * layers
     hidden = array((c.slots, config.width), jnp.bfloat16, "tokens", "width")
     slots = SlotRows(c.slots, c.stop_ids, c.logit_biases).slots(
         [], c, shape, [shape.pages_a_sequence]
