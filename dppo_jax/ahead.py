@@ -1,4 +1,4 @@
-"""Rollouts ahead of training: the next step's are drawn while this one is trained on.
+"""Rollouts ahead of training: the next steps' are drawn while this one is trained on.
 
     train.train.async_depth = 1         # drawn with the parameters of the step before
     train.train.sampler_devices = 4     # the first 4 devices sample, the others train
@@ -8,9 +8,12 @@ prompts: the numbers do not depend on what runs at the same time. A run that is 
 what was in flight, with the parameters that `rollout_policy.stale` keeps in the checkpoint.
 """
 
+import collections
 import dataclasses
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -24,35 +27,63 @@ from dppo_jax.models.decoder import Params
 from dppo_jax.multihost import row_share, to_global_rows
 from dppo_jax.prompts.pipeline import PromptBatch, PromptIterator
 from dppo_jax.records import Prompts, Rollout
+from dppo_jax.rollout_policy import RolloutPolicy, State, chooser
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sampling.rollouts import RolloutContext, RolloutSource
 from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides
 from dppo_jax.timing import Stopwatch
 
+# (rollout memory, parameters before a step, later step) -> what that step samples with, and its key
+Foresee = Callable[[State, Params, int], tuple[Params, Array]]
+
+
+def foresight(policy: RolloutPolicy, key: Array) -> Foresee:
+    """What a policy that begins with `stale(depth)` will choose, at most `depth` steps later."""
+    choose = chooser(policy, remembers=False)
+
+    def foresee(memory: State, params: Params, step: int) -> tuple[Params, Array]:
+        its_key = jax.random.fold_in(key, step)
+        return choose(memory, params, step, its_key)[0], its_key
+
+    return foresee
+
+
+class _Drawn(NamedTuple):
+    """A rollout with the seconds at which its drawing began and ended."""
+
+    rollout: Rollout
+    began: float
+    ended: float
+
 
 class _Flight(NamedTuple):
-    """A rollout that is being drawn."""
+    """A rollout that is being drawn for a step."""
 
+    step: int
+    begins: dict[str, Any]  # where its prompts begin
     batch: PromptBatch
-    rollout: Rollout
-    version: int
-    started: float
-    ended: list[float]  # filled by the thread that waits for it
-    waits: threading.Thread
+    drawn: Future[_Drawn]
 
 
 class AheadCollector:
-    """What `collect.Collector` is, with one rollout in flight while the step before is trained."""
+    """What `collect.Collector` is, with the next `depth` steps' rollouts in flight.
 
-    def __init__(self, source: RolloutSource, prompts: PromptIterator, asking: Asking, depth: int):
-        self._source, self._prompts, self._asking, self._depth = source, prompts, asking, depth
-        self._flight: _Flight | None = None
-        self._position: dict[str, Any] = prompts.get_state()
+    A source with devices of its own is driven by threads, one flight after the other; what shares
+    the trainer's is dispatched here, so that all devices get all programs in one order.
+    """
+
+    def __init__(
+        self, source: RolloutSource, prompts: PromptIterator, asking: Asking, depth: int, steps: int
+    ):
+        self._source, self._prompts, self._asking = source, prompts, asking
+        self._depth, self._last = depth, steps - 1
+        self._flights: collections.deque[_Flight] = collections.deque()
+        self._before: Future[_Drawn] | None = None  # the latest that was launched
         self._ended = 0.0
 
     def begins(self) -> dict[str, Any]:
         """Where the prompts in flight begin, which a resumed run asks again."""
-        return self._position
+        return self._flights[0].begins if self._flights else self._prompts.get_state()
 
     def carried(self) -> list[Any]:
         """What else a checkpoint must hold: nothing."""
@@ -68,26 +99,27 @@ class AheadCollector:
         clock: Stopwatch,
         *,
         version: int,
-        following: tuple[Params, Array] | None,
+        later: Callable[[int], tuple[Params, Array]],
     ) -> Collected:
-        """A batch for the step after `version` steps, while the step after it is `following`.
+        """A batch for the step after `version` steps; those to come sample with `later(step)`.
 
         `params` are used where nothing is in flight: at the beginning, and after a resumption.
         """
-        flight = self._flight or self._launch(params, key, version)
-        before = self._ended
-        self._position = self._prompts.get_state()
-        self._flight = self._launch(*following, version + 1) if following else None
+        if not self._flights:
+            self._launch(params, key, version)
+        for step in range(self._flights[-1].step + 1, min(version + self._depth, self._last) + 1):
+            self._launch(*later(step), step)
+        flight = self._flights.popleft()
         waited = time.monotonic()
-        flight.waits.join()
+        rollout, began, ended = flight.drawn.result()
         idle = {
             "time/trainer_idle": time.monotonic() - waited,
-            "time/sampler_idle": max(0.0, flight.started - before) if before else 0.0,
+            "time/sampler_idle": max(0.0, began - self._ended) if self._ended else 0.0,
         }
-        self._ended = flight.ended[0]
+        self._ended = ended
         clock.lap("sampling")
         answers = answers_later(
-            flight.rollout,
+            rollout,
             flight.batch.examples,
             mesh=self._asking.mesh,
             tokenizer=self._asking.tokenizer,
@@ -97,31 +129,44 @@ class AheadCollector:
         share = row_share(self._asking.mesh)
         graded = everyones(answers, self._asking.sampling.samples_per_prompt, share)
         rewards = to_global_rows(graded.rewards[share.index], batch_sharding(self._asking.mesh))
-        stale = float(version - flight.version)
+        stale = float(version - self._version(version))
         numbers = answer_metrics(graded) | idle
         numbers |= {"staleness/mean": stale, "staleness/max": stale}
+        numbers["prompts/consumed"] = self._asking.prompts_per_step
         clock.lap("rewards")
-        return Collected(flight.rollout, rewards, flight.batch.examples, answers, numbers)
+        return Collected(rollout, rewards, flight.batch.examples, answers, numbers)
 
-    def _launch(self, params: Params, key: Array, step: int) -> _Flight:
-        version, asking = max(step - self._depth, 0), self._asking
+    def _version(self, step: int) -> int:
+        return max(step - self._depth, 0)
+
+    def _launch(self, params: Params, key: Array, step: int) -> None:
+        asking, version, before = self._asking, self._version(step), self._before
+        begins = self._prompts.get_state()
         batch = self._prompts.take(asking.prompts_per_step)
         self._prompts.end_step()
-        started = time.monotonic()
-        rollout = self._source.rollout(
-            params, prompts_of(batch, asking.mesh), key, asking.sampling, version=version
-        )
-        drawn = jnp.full_like(rollout.response_tokens, version)
-        rollout = dataclasses.replace(rollout, policy_version=drawn)
-        ended: list[float] = []
+        asked = prompts_of(batch, asking.mesh)
+        drawn: Future[_Drawn] = Future()
 
-        def wait() -> None:
-            jax.block_until_ready(rollout)
-            ended.append(time.monotonic())
+        def sample() -> Rollout:
+            rollout = self._source.rollout(params, asked, key, asking.sampling, version=version)
+            versions = jnp.full_like(rollout.response_tokens, version)
+            return dataclasses.replace(rollout, policy_version=versions)
 
-        waits = threading.Thread(target=wait, daemon=True)
-        waits.start()
-        return _Flight(batch, rollout, version, started, ended, waits)
+        def follow(began: float, rollout: Rollout | None) -> None:
+            try:
+                if before is not None and rollout is None:
+                    before.exception()  # the engine does one thing at a time
+                    began = time.monotonic()
+                rollout = jax.block_until_ready(sample() if rollout is None else rollout)
+                drawn.set_result(_Drawn(rollout, began, time.monotonic()))
+            except BaseException as error:  # told to whoever asks for the result
+                drawn.set_exception(error)
+
+        apart = isinstance(self._source, Elsewhere)
+        given = time.monotonic(), None if apart else sample()
+        threading.Thread(target=follow, args=given, daemon=True).start()
+        self._before = drawn
+        self._flights.append(_Flight(step, begins, batch, drawn))
 
 
 class Elsewhere:
@@ -133,7 +178,8 @@ class Elsewhere:
         self._home, self._mesh = context.mesh, MeshConfig(fsdp=len(devices)).build(devices)
         check_divides(self._mesh, "embed", {"width": context.model.config.width})
         self._source = make(context._replace(mesh=self._mesh))
-        self._sent: tuple[Any, Any] = (None, None)
+        self._sent: tuple[list[Array], list[Array]] = ([], [])  # as they are at home, and there
+        self._one_at_a_time = threading.Lock()  # evaluation asks while a flight is drawn
 
     def rollout(
         self,
@@ -145,18 +191,27 @@ class Elsewhere:
         first: int = 0,
         version: int = 0,
     ) -> Rollout:
-        """See `RolloutSource`; the same parameters are sent once."""
+        """See `RolloutSource`; what is the same array as before is not sent again."""
         check_divides(self._mesh, "batch", {"prompts of a rollout": len(prompts.tokens)})
-        if self._sent[0] is not params:
-            there_too = jax.tree.map(lambda p: NamedSharding(self._mesh, p.sharding.spec), params)
-            self._sent = (params, jax.device_put(params, there_too))
-        there = jax.device_put(prompts, batch_sharding(self._mesh))
-        key = jax.device_put(key, NamedSharding(self._mesh, PartitionSpec()))
-        with jax.set_mesh(self._mesh):
+        with self._one_at_a_time, jax.set_mesh(self._mesh):
+            there = jax.device_put(prompts, batch_sharding(self._mesh))
+            key = jax.device_put(key, NamedSharding(self._mesh, PartitionSpec()))
             rollout = self._source.rollout(
-                self._sent[1], there, key, settings, first=first, version=version
+                self._send(params), there, key, settings, first=first, version=version
             )
         return jax.device_put(rollout, batch_sharding(self._home))
+
+    def _send(self, params: Params) -> Params:
+        leaves, structure = jax.tree.flatten(params)
+        known = {id(old): new for old, new in zip(*self._sent, strict=True)}
+        sent = [
+            known[id(leaf)]
+            if id(leaf) in known
+            else jax.device_put(leaf, NamedSharding(self._mesh, leaf.sharding.spec))
+            for leaf in leaves
+        ]
+        self._sent = leaves, sent
+        return jax.tree.unflatten(structure, sent)
 
 
 def divide(devices: list[Any], sampler: int) -> tuple[list[Any], list[Any]]:
@@ -168,7 +223,9 @@ def divide(devices: list[Any], sampler: int) -> tuple[list[Any], list[Any]]:
     return devices[:sampler], devices[sampler:]
 
 
-def check_ahead(depth: int, dynamic: Any, rollout_batches: int, partial: Any) -> None:
+def check_ahead(
+    depth: int, dynamic: Any, rollout_batches: int, partial: Any, policy: RolloutPolicy
+) -> None:
     """Refuses a depth that is none, and what needs its step's parameters while it samples."""
     if depth < 0:
         raise ValueError(f"async_depth={depth}: 0 samples and trains in turn, 1 or more ahead")
@@ -176,4 +233,9 @@ def check_ahead(depth: int, dynamic: Any, rollout_batches: int, partial: Any) ->
         raise ValueError(
             "async_depth goes with none of dynamic_sampling, rollout_batches, partial_rollouts: "
             "choose one"
+        )
+    if depth and jax.tree.leaves(policy.init({"w": jnp.zeros(())})):
+        raise ValueError(
+            "async_depth makes rollouts stale by itself: leave a rollout_policy that remembers "
+            "parameters, as rollout_policy.stale does, out"
         )

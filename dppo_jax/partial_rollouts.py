@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dppo_jax.ahead import Elsewhere
 from dppo_jax.answers import Answers, answer_metrics, answers_of, everyones, together
 from dppo_jax.collect import Asking, Collected, prompts_of
 from dppo_jax.dynamic_sampling import DynamicSampling
@@ -64,6 +65,10 @@ def check_partial(
     source: RolloutSource, dynamic: DynamicSampling | None, rollout_batches: int
 ) -> Continuous:
     """The source, where it and the other settings go with partial rollouts."""
+    if isinstance(source, Elsewhere):
+        raise ValueError(
+            "partial_rollouts keeps its engine where training is: set sampler_devices to 0"
+        )
     if not isinstance(source, Continuous):
         raise ValueError(
             "partial_rollouts takes samples out of the engine and puts them back: bind "

@@ -31,8 +31,8 @@ class RolloutPolicy(NamedTuple):
     last: bool = False  # stores parameters in a form that no other policy takes
 
 
-def chooser(policy: RolloutPolicy) -> Callable[..., tuple[Params, State]]:
-    """`policy.choose` as one program that donates the state.
+def chooser(policy: RolloutPolicy, remembers: bool = True) -> Callable[..., tuple[Params, State]]:
+    """`policy.choose` as one program that donates the state, or with no next state.
 
     Parameters that the policy hands on are given back themselves: a program's results are copies.
     """
@@ -45,9 +45,9 @@ def chooser(policy: RolloutPolicy) -> Callable[..., tuple[Params, State]]:
         chosen, state = policy.choose(state, params, step, key)
         leaves, structure = jax.tree.flatten(chosen)
         handed_on = [given.get(id(leaf)) for leaf in leaves]
-        return [leaf for leaf in leaves if id(leaf) not in given], state
+        return [leaf for leaf in leaves if id(leaf) not in given], state if remembers else None
 
-    program = jax.jit(changed, donate_argnums=0)
+    program = jax.jit(changed, donate_argnums=0 if remembers else ())
 
     def choose(state, params, step, key):
         made, state = program(state, params, step, key)

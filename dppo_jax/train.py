@@ -4,6 +4,7 @@ prompts -> sampling -> rewards -> advantages -> scoring -> divergence, objective
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import optax
 
 from dppo_jax import lora_run
 from dppo_jax.advantages import Estimator, group_mean_baseline
-from dppo_jax.ahead import AheadCollector, Elsewhere, check_ahead, divide
+from dppo_jax.ahead import AheadCollector, Elsewhere, check_ahead, divide, foresight
 from dppo_jax.answers import log_samples
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
 from dppo_jax.checkpoint import Checkpoints, load_params, newest_step, save_params
@@ -187,11 +188,11 @@ def train(
     )
     scorer = None if reward_model is None else Scorer(reward_model, devices)
     asking = Asking(devices, tokenizer, verifier, recording, prompts_per_step, scorer)
-    check_ahead(async_depth, dynamic_sampling, rollout_batches, partial_rollouts)
+    check_ahead(async_depth, dynamic_sampling, rollout_batches, partial_rollouts, rollout_policy)
     collect: Collector | PartialCollector | AheadCollector
     if async_depth:
         rollout_policy = chained([stale(async_depth), rollout_policy])
-        collect = AheadCollector(source, prompts, asking, async_depth)
+        collect = AheadCollector(source, prompts, asking, async_depth, steps)
     elif partial_rollouts is None:
         collect = Collector(source, prompts, asking, rollout_batches, dynamic_sampling)
     else:
@@ -209,7 +210,7 @@ def train(
         replay_own_routing=routing == "replay_trainer", tokens_per_microbatch=tokens_per_microbatch,
     )  # fmt: skip
     choose = chooser(rollout_policy)
-    foresee = jax.jit(lambda *now: rollout_policy.choose(*now)[0])
+    foresee = foresight(rollout_policy, sampling_key)
     tightness = make_tightness(network, sampling.temperature, parts=minibatches * microbatches)
     exact = "exact_divergence" in objective.needs
 
@@ -304,11 +305,9 @@ def train(
             rollout_params = network.copied(mu) if exact or exact_divergence_every else None
             state = dataclasses.replace(state, rollout_memory=memory)
 
-            ahead: dict[str, Any] = {}
-            if async_depth:  # what the next step samples with is known before this one's updates
-                next_key = jax.random.fold_in(sampling_key, step + 1)
-                next_mu = foresee(state.rollout_memory, whole, step + 1, next_key)
-                ahead["following"] = (next_mu, next_key) if step + 1 < steps else None
+            # What later steps sample with is known before this one's updates.
+            later = functools.partial(foresee, state.rollout_memory, whole)
+            ahead: dict[str, Any] = {"later": later} if async_depth else {}
             rollout, rewards, examples, answers, sampled = collect(
                 mu, step_key, clock, version=step, **ahead
             )
