@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dppo_jax import cli
 from dppo_jax.models.decoder import DecoderConfig, Model
+from dppo_jax.prompts.store import prepare
 from dppo_jax.records import Prompts
 from dppo_jax.verbs import command
 
@@ -91,6 +92,8 @@ def programs_are_dropped():
 def toy_recipe(tmp_path_factory) -> Path:
     """arithmetic_cpu.gin made tiny, with data of its own and a reward that has a spread."""
     folder = tmp_path_factory.mktemp("toy")
+    # Of 900 problems, not 8100: each run reads all of them, twice.
+    prepare("arithmetic", folder / "data", largest=39, held_out=100)
     (folder / "toy.gin").write_text(TOY_RECIPE.format(data=folder / "data"))
     return folder / "toy.gin"
 

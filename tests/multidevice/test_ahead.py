@@ -45,7 +45,11 @@ def found(toy_recipe, tmp_path_factory):
     recipe = folder / "ahead.gin"
     recipe.write_text(RECIPE.format(toy=toy_recipe))
     home = ["in_turn=", f"stale={STALE}2", f"ahead={DEPTH}2"]
-    apart = [f"apart={DEPTH}0 {APART}", f"far={DEPTH}2 {APART}", f"again=resume far {DEPTH}2 {APART}"]
+    apart = [
+        f"apart={DEPTH}0 {APART}",
+        f"far={DEPTH}2 {APART}",
+        f"again=resume far {DEPTH}2 {APART}",
+    ]
     running = [start(4, recipe, folder / "4", *home), start(8, recipe, folder / "8", *apart)]
     errors = [process.communicate(timeout=300)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], errors
