@@ -37,6 +37,13 @@ COLLECTIVES_TPU = (
         "ring attention sends keys on while it attends to those it has",
     ),
     Setting(
+        _TPU, "xla_tpu_overlap_compute_collective_tc", "true",
+        "lets a core drive transfers and compute at once",
+    ),
+)  # fmt: skip
+# Newer libtpu (0.0.50 does) ends the process where these are set for another generation.
+_FUSION_V5E = (
+    Setting(
         _TPU, "xla_tpu_enable_async_collective_fusion", "true",
         "fuses a transfer with the product that it hides behind",
     ),
@@ -47,10 +54,6 @@ COLLECTIVES_TPU = (
     Setting(
         _TPU, "xla_tpu_enable_async_collective_fusion_multiple_steps", "true",
         "lets one transfer hide behind several products",
-    ),
-    Setting(
-        _TPU, "xla_tpu_overlap_compute_collective_tc", "true",
-        "lets a core drive transfers and compute at once",
     ),
 )  # fmt: skip
 SLICES = (
@@ -102,7 +105,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
     "cpu": (),
     "tpu": (*COLLECTIVES_TPU, *SLICES),  # of any generation
     "v4": (*COLLECTIVES_TPU, *SLICES),
-    "v5e": (*COLLECTIVES_TPU, *SLICES, _vmem(65_536)),
+    "v5e": (*COLLECTIVES_TPU, *_FUSION_V5E, *SLICES, _vmem(65_536)),
     "v5p": (*COLLECTIVES_TPU, *SLICES, _vmem(50_000)),
     "v6e": (*COLLECTIVES_TPU, *SLICES, _vmem(98_304)),
     "7x": (*COLLECTIVES_TPU, *SLICES, _vmem(50_000)),

@@ -11,6 +11,7 @@ import pytest
 
 import launch
 from dppo_jax.clusters import Cluster, cluster_of, slurm_devices
+from dppo_jax.prompts.store import prepare
 
 pytestmark = pytest.mark.multidevice
 HERE = Path(__file__).parent
@@ -56,6 +57,7 @@ def metrics(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hosts")
+    prepare("arithmetic", folder / "data", largest=39, held_out=100)  # each process reads them all
     (folder / "hosts.gin").write_text(RECIPE.format(data=folder / "data"))
     return folder / "hosts.gin"
 
@@ -74,7 +76,7 @@ def assert_same_numbers(ours: list[dict], theirs: list[dict]):
 def train_until(recipe: Path, run: Path, steps: int, processes: int):
     """The run of some processes with four devices together, under way and `steps` steps far."""
     commands = launch.dppo(processes, "train", recipe, "--workdir", run)
-    env = launch.environment(4 // processes, recipe.parent / f"programs{processes}")
+    env = launch.environment(4 // processes, recipe.parent / "programs")
     running = launch.start(commands, env, [HERE] * processes)
     launch.wait_for(lambda: len(metrics(run)) >= steps, running)
     return running
@@ -133,7 +135,7 @@ def test_two_processes_are_one_run(recipe, one_process):
 def evaluated(recipe: Path, run: Path, processes: int) -> dict:
     name = run.parent / f"answers{processes}.jsonl"
     command = ["eval", recipe, "--checkpoint", run, "--answers", name]
-    env = launch.environment(4 // processes, recipe.parent / f"programs{processes}")
+    env = launch.environment(4 // processes, recipe.parent / "programs")
     commands = launch.dppo(processes, *command, "--json")
     ended = launch.ends(launch.start(commands, env, [HERE] * processes))
     assert {e.status for e in ended} == {0}, ended
