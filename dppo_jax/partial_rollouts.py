@@ -74,6 +74,10 @@ def check_partial(
             "partial_rollouts takes samples out of the engine and puts them back: bind "
             "train.train.rollouts = @rollouts.continuous()"
         )
+    if jax.process_count() > 1:
+        raise ValueError(
+            "partial_rollouts works in one process: leave it out, or start one process alone"
+        )
     if dynamic is not None or rollout_batches > 1:
         raise ValueError(
             "partial_rollouts goes with neither dynamic_sampling nor rollout_batches: choose one"

@@ -10,6 +10,7 @@ import pytest
 from test_collect import Words
 from test_rollout_source import CONTINUOUS, numbers
 
+from dppo_jax.ahead import Elsewhere
 from dppo_jax.collect import Asking
 from dppo_jax.partial_rollouts import PartialCollector, PartialRollouts, check_partial
 from dppo_jax.prompts.examples import Example
@@ -128,14 +129,20 @@ def test_prompts_in_flight_are_asked_again_after_a_resumption(collected, source,
     assert int(step.numbers["prompts/consumed"]) == PROMPTS + EXTRA
 
 
-def test_what_does_not_go_together(source, tiny):
-    home = Lockstep(RolloutContext(tiny[0], MESH, Words(), 1, SETTINGS))
+def test_what_does_not_go_together(source, tiny, monkeypatch):
+    context = RolloutContext(tiny[0], MESH, Words(), 1, SETTINGS)
     with pytest.raises(ValueError, match="bind train.train.rollouts = @rollouts.continuous()"):
-        check_partial(home, None, 1)
+        check_partial(Lockstep(context), None, 1)
     with pytest.raises(ValueError, match="neither dynamic_sampling nor rollout_batches"):
         check_partial(source, None, 2)
+    apart = Elsewhere(lambda _: source, context, jax.devices()[:1])
+    with pytest.raises(ValueError, match="set sampler_devices to 0"):
+        check_partial(apart, None, 1)
     with pytest.raises(ValueError, match="extra_prompts=0"):
         PartialRollouts(0)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="partial_rollouts works in one process"):
+        check_partial(source, None, 1)
 
 
 PARTIAL = """

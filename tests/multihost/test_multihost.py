@@ -1,6 +1,8 @@
 """Several local processes of CPU devices: the numbers of one process, and clear ends."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +201,46 @@ def test_another_configuration_on_one_host(recipe, tmp_path):
     for each in ended:
         (line,) = each.told
         assert "process 1 (" in line and "has another configuration than the rest" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_other_code_on_one_host(recipe, tmp_path):
+    package = shutil.copytree(HERE.parent.parent / "dppo_jax", tmp_path / "dppo_jax")
+    shutil.copytree(HERE.parent.parent / "configs", tmp_path / "configs")
+    with (package / "scoring.py").open("a") as file:
+        file.write("# changed on this host alone\n")
+    commands = launch.dppo(2, "train", recipe, "--workdir", tmp_path / "run")
+    here = launch.environment(1)
+    there = here | {"PYTHONPATH": os.pathsep.join([str(tmp_path), here["PYTHONPATH"]])}
+    running = [
+        launch.start([command], env, [HERE])[0]
+        for command, env in zip(commands, (here, there), strict=True)
+    ]
+    ended = launch.ends(running)
+    assert [e.status for e in ended] == [2, 2]
+    for each in ended:
+        (line,) = each.told
+        assert "process 1 (" in line and "has another package source than the rest" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_works_in_one_process_is_refused_on_every_host(recipe, tmp_path):
+    engine = tmp_path / "engine.gin"
+    engine.write_text(
+        "from __gin__ import dynamic_registration\nfrom dppo_jax import partial_rollouts\n"
+        "from dppo_jax import train\nfrom dppo_jax.sampling import rollouts\n"
+        f'include "{recipe}"\ntrain.train.rollouts = @rollouts.continuous()\n'
+        "train.train.partial_rollouts = @partial_rollouts.PartialRollouts()\n"
+        "partial_rollouts.PartialRollouts.extra_prompts = 4\n"
+    )
+    commands = launch.dppo(2, "train", engine, "--workdir", tmp_path / "run")
+    ended = launch.ends(launch.start(commands, launch.environment(1), [HERE] * 2))
+    assert [e.status for e in ended] == [2, 2]
+    for each in ended:
+        (line,) = each.told
+        assert "one process" in line or "process 0 (" in line or "process 1 (" in line
     assert not (tmp_path / "run").exists()
 
 

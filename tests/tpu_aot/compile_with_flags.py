@@ -1,4 +1,4 @@
-"""Run by test_flags_aot.py: FSDP's gathers compiled for each TPU under the settings of its platform.
+"""Run by test_flags_aot.py: FSDP's gathers compiled for each TPU under its platform's settings.
 
 Prints a line for each that compiled. The compiler reads its settings once, and ends the process at
 one that it does not take: a child for each.
