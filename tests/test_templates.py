@@ -188,7 +188,7 @@ def test_show_for_people(dppo, toy_recipe, tmp_path):
     done = dppo("data", "show", "arithmetic", "-n", "2", "--recipe", toy_recipe)
     assert done.status == 0, done.err
     first, text, *_, last = done.out.splitlines()
-    assert first == "---- 10*10: answer 100, tokens 6" and text == "10*10="
+    assert first == "---- 10*11: answer 110, tokens 6" and text == "10*11="
     assert last.startswith("---- arithmetic train: 800 problems; prompt tokens: shortest 6")
     store.prepare("stories", tmp_path)
     done = dppo("data", "show", "stories", "-n", "0", "--split", "test", "--data-dir", tmp_path)
