@@ -4,6 +4,7 @@ CPUs have no ragged exchange: `exchanged` is its definition, so that the rows th
 they arrive, and their gradients are checked; that TPUs compile the real one is tpu_aot's.
 """
 
+import dataclasses
 import json
 import re
 from functools import partial
@@ -18,8 +19,8 @@ from dppo_jax.models.expert_parallel import expert_mlps_on_mesh
 from dppo_jax.models.moe import expert_mlps
 from dppo_jax.records import Prompts
 from dppo_jax.sampling.generate import SamplingConfig, generate
-from dppo_jax.scoring import score
-from dppo_jax.sharding import MeshConfig, shardings_of
+from dppo_jax.scoring import score, score_and_routing, with_own_routing
+from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
 
 CONFIG = DecoderConfig(
     vocab_size=16, width=16, layers=1, heads=4, kv_heads=2, head_size=4, mlp_width=12,
@@ -86,14 +87,57 @@ def layer() -> list[dict]:
     return found
 
 
+def unrecorded(rollout):
+    return dataclasses.replace(rollout, prompt_experts=None, experts=None)
+
+
+def replay(model, params, rollout) -> dict:
+    """R3 and R2 with and without a mesh: the routers have moved since the experts were recorded."""
+    router = params["blocks"]["router"]
+    noise = jax.random.normal(jax.random.key(5), router.shape)
+    moved = params | {"blocks": params["blocks"] | {"router": router + 0.3 * noise}}
+
+    def loss(params, rollout):
+        stats, routing = score_and_routing(model, params, rollout, temperature=1.0)
+        return jnp.sum(jnp.sin(stats.logp)), routing["routing/differing_fraction"]
+
+    def both(params, rollout, before):
+        """The sampler's choices replayed, and those that the scorer makes by itself at `before`."""
+        own = with_own_routing(model, before, rollout)
+        of = jax.value_and_grad(loss, has_aux=True)
+        return of(params, rollout), of(params, own), (own.prompt_experts, own.experts)
+
+    alone = jax.device_get(jax.jit(both)(moved, rollout, params))
+    mesh = MeshConfig(fsdp=4, expert=2).build()
+    with jax.set_mesh(mesh):
+        shardings = shardings_of(model.logical_axes, mesh)
+        split = [jax.device_put(leaf, shardings) for leaf in (moved, params)]
+        rows = jax.device_put(rollout, batch_sharding(mesh))
+        together = jax.device_get(jax.jit(both)(split[0], rows, split[1]))
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone[:2], together[:2])
+    changed = alone[0][0][1]
+    return {
+        "difference": max(jax.tree.leaves(apart)),
+        "largest": max(float(np.abs(x).max()) for x in jax.tree.leaves(alone[:2])),
+        "differing": float(changed.sum / changed.count),
+        "same_own_choices": all(
+            bool((a == b).all()) for a, b in zip(alone[2], together[2], strict=True)
+        ),
+        "router_learns": float(np.abs(together[0][1]["blocks"]["router"]).max()),
+    }
+
+
 def main() -> dict:
     model = Model(CONFIG)
     params = jax.tree.map(lambda leaf: 2 * leaf, jax.jit(model.init)(jax.random.key(0)))
     tokens = jax.random.randint(jax.random.key(1), (8, 3), 0, 16)
     prompts = Prompts(tokens, jnp.ones_like(tokens, bool))
-    settings = SamplingConfig(max_new_tokens=4, samples_per_prompt=2, top_k_capture=3)
+    settings = SamplingConfig(
+        max_new_tokens=4, samples_per_prompt=2, top_k_capture=3, record_experts=True
+    )
     key = jax.random.key(2)
-    rollout = generate(model, params, prompts, key, settings=settings)
+    recorded = generate(model, params, prompts, key, settings=settings)
+    rollout = unrecorded(recorded)
 
     def loss(params, rollout):
         return jnp.sum(jnp.sin(score(model, params, rollout, temperature=1.0).logp))
@@ -113,13 +157,16 @@ def main() -> dict:
         split_experts = jax.device_put(params, shardings_of(model.logical_axes, mesh))
 
         drawn = generate(model, split_experts, prompts, key, settings=settings)
+    same = ("response_tokens", "prompt_experts", "experts")
     sorts = re.findall(r"= \(?s32\[(\d+)\][^=]*\bsort\(", program.as_text())
     return {
         "difference": max(jax.tree.leaves(differences)),
         "largest": max(float(np.abs(np.asarray(x)).max()) for x in jax.tree.leaves(alone)),
         "same_tokens": [
-            bool((each.response_tokens == rollout.response_tokens).all()) for each in (again, drawn)
+            all(bool((getattr(each, name) == getattr(recorded, name)).all()) for name in same)
+            for each in (again, drawn)
         ],
+        "replay": replay(model, params, recorded),
         "layer": layer(),
         "sorted": sorted({int(length) for length in sorts}),
         "tokens": 8 * 3 + 16 * 3,  # prompts, and what responses feed
