@@ -24,7 +24,7 @@ from dppo_jax.records import (
     TokenStats,
     TrainState,
 )
-from dppo_jax.scoring import score, with_own_routing
+from dppo_jax.scoring import Also, score, with_own_routing
 
 # Subtracted from the reward at each token; called with what it names of `PENALTY_INPUTS`, [B, T].
 RewardPenalty = Callable[..., Float[Array, "B T"]]
@@ -69,7 +69,7 @@ def make_batch_of(
         if of is None:
             return score(model, params, rollout, temperature=temperature, also=also)
         budget = packing.budget_of(tokens_per_microbatch or 0, rollout)
-        return score_packed(model, params, rollout, of, budget, temperature=temperature)
+        return score_packed(model, params, rollout, of, budget, temperature=temperature, also=also)
 
     def fields_of(state, reference, rollout, rewards, base, of) -> tuple[dict[str, Any], Metrics]:
         fields: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def make_batch_of(
         old = None
         if critic is not None or needs & {"logp_old", "uniform_logp"}:
 
-            def also(_: Decoder, states: Array) -> dict[str, Array]:
+            def also(_: Decoder, states: Array, rollout: Rollout) -> dict[str, Array]:
                 if critic is None:
                     return {}
                 return {"values": critic.values(state.critic.params, rollout, states)}
@@ -122,7 +122,8 @@ def make_batch_of(
         base: Params | None = None,
     ) -> tuple[Batch, Metrics]:
         of = None
-        if tokens_per_microbatch is not None and needs & {"logp_old", "uniform_logp", "logp_ref"}:
+        scores = critic is not None or needs & {"logp_old", "uniform_logp", "logp_ref"}
+        if tokens_per_microbatch is not None and scores:
             of = packing.plan_of(rollout, packing.budget_of(tokens_per_microbatch, rollout))
         fields, metrics = jitted(state, reference, rollout, rewards, base, of)
         return Batch(**{"rollout": rollout} | fields), metrics
@@ -138,12 +139,13 @@ def score_packed(
     budget: packing.Budget,
     *,
     temperature: float,
+    also: Also | None = None,
 ) -> TokenStats:
     """`score` of packed sequences, microbatch by microbatch of the plan."""
 
     def of_part(rows: Rollout) -> dict[str, Array | None]:
-        stats = score(model, params, rows, temperature=temperature)
-        names = ("logp", "topk_logp", "entropy", "uniform_logp")
+        stats = score(model, params, rows, temperature=temperature, also=also)
+        names = ("logp", "topk_logp", "entropy", "uniform_logp", "values")
         return {name: getattr(stats, name) for name in names}
 
     return TokenStats(**over_packed(of_part, rollout, of, budget, len(rollout.response_tokens)))

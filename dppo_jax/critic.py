@@ -3,6 +3,7 @@
 Both kinds have `optimizer`, `config`, `init_sharded` and `values`; settings `build` them.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -11,8 +12,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from dppo_jax.models.decoder import DecoderConfig, Model, Params, response_states
+from dppo_jax import packing
+from dppo_jax.models.decoder import DecoderConfig, Model, Params
 from dppo_jax.records import Rollout
+from dppo_jax.scoring import token_states
 from dppo_jax.sharding import constrain, shardings_of
 
 
@@ -96,21 +99,17 @@ class Critic:
         return jax.jit(self.init, out_shardings=shardings)(key, policy)
 
     def values(
-        self, params: Params, rollout: Rollout, states: Float[Array, "B T D"] | None = None
+        self, params: Params, rollout: Rollout, states: Float[Array, "N D"] | None = None
     ) -> Float[Array, "B T *Q"]:
         """The value of the state in which each response token was chosen, float32.
 
-        [B, T], or [B, T, Q] with `outputs`. Padding is attended by nobody. `states`, the policy's,
-        are for `HeadCritic`.
+        [B, T], or [B, T, Q] with `outputs`; of packed rows, what stands at padding means nothing.
+        Padding is attended by nobody. `states`, the policy's, are for `HeadCritic`.
         """
-        hidden, *_ = response_states(
-            self._model.bind(params["decoder"]),
-            rollout.prompt_tokens,
-            rollout.prompt_mask,
-            rollout.response_tokens,
-            rollout.response_mask,
-        )
-        values = _affine(hidden.astype(jnp.float32), params["head"])
+        # A mixture's routers choose for themselves: what is recorded is the policy's routing.
+        alone = dataclasses.replace(rollout, prompt_experts=None, experts=None)
+        hidden, *_ = token_states(self._model.bind(params["decoder"]), alone)
+        values = packing.back(_affine(hidden.astype(jnp.float32), params["head"]), rollout)
         return values[..., 0] if self._outputs is None else values
 
 
@@ -146,16 +145,17 @@ class HeadCritic:
         return jax.jit(lambda key: self.init(key, {}), out_shardings=shardings)(key)
 
     def values(
-        self, params: Params, rollout: Rollout, states: Float[Array, "B T D"] | None = None
+        self, params: Params, rollout: Rollout, states: Float[Array, "N D"] | None = None
     ) -> Float[Array, "B T *Q"]:
-        """The value of each of the policy's states, float32; shapes as `Critic.values`."""
+        """The value of each of the policy's `scoring.token_states`, float32; shapes as
+        `Critic.values`."""
         if states is None:
             raise ValueError("a ValueHead reads the policy's hidden states: none were given")
         x = states if self._settings.shared_gradient else jax.lax.stop_gradient(states)
         x = x.astype(jnp.float32)
         if "inner" in params:
             x = jax.nn.silu(_affine(x, params["inner"]))
-        values = _affine(x, params["head"])
+        values = packing.back(_affine(x, params["head"]), rollout)
         return values[..., 0] if self._settings.outputs is None else values
 
 

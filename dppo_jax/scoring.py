@@ -15,11 +15,12 @@ from dppo_jax.models.decoder import Decoder, Experts, Model, Params, response_st
 from dppo_jax.models.moe import Load, differing_choices
 from dppo_jax.models.packed import packed_states
 from dppo_jax.records import Batch, Max, Mean, Metrics, Rollout, TokenLocal, TokenStats
-from dppo_jax.sharding import flatten_tokens, head_layout, unflatten_tokens
+from dppo_jax.sharding import flatten_tokens, head_layout
 
 # The bound decoder and the hidden state that predicts each response token, [B, T, D] -> fields of
 # TokenStats.
-Also = Callable[[Decoder, Float[Array, "B T D"]], dict[str, Array]]
+# (decoder, the flat hidden states that `token_states` gives, the rollout) -> fields of TokenStats
+Also = Callable[[Decoder, Float[Array, "N D"], Rollout], dict[str, Array]]
 
 
 def score(
@@ -69,7 +70,7 @@ def score_and_routing(
     hidden, ids, routing = _states_and_ids(decoder, rollout)
     stats = _stats(decoder, hidden, ids, rollout, temperature)
     if also is not None:
-        stats = replace(stats, **also(decoder, packing.back(hidden, rollout)))
+        stats = replace(stats, **also(decoder, hidden, rollout))
     if rollout_params is None:
         return stats, routing
     sampler = model.bind(rollout_params)
@@ -83,7 +84,9 @@ def with_own_routing(model: Model, params: Params, rollout: Rollout) -> Rollout:
 
     Replaying them keeps the routing still over a step's updates (arXiv 2512.01374).
     """
-    _, chosen, _ = _states(model.bind(params), replace(rollout, prompt_experts=None, experts=None))
+    _, chosen, _ = token_states(
+        model.bind(params), replace(rollout, prompt_experts=None, experts=None)
+    )
     if chosen is None:
         raise ValueError("this model has no experts whose routing could be recorded")
     return replace(rollout, prompt_experts=chosen.prompt, experts=chosen.response)
@@ -267,15 +270,14 @@ def _uniform_logp(
 
 
 def last_layer(
-    decoder: Decoder, states: Float[Array, "B T D"], temperature: float
-) -> Float[Array, "B T 3"]:
+    decoder: Decoder, hidden: Float[Array, "N D"], temperature: float
+) -> Float[Array, "N 3"]:
     """Σ_v π(v)², Σ_v π(v)³ and mean((x/T)²) of the hidden state x, float32, without gradient.
 
     Σ π^n = exp(lse_n - n·lse), lse_n = log Σ_v e^(n·z_v): the head's at temperature / n, so that
     no logits are kept.
     """
-    shape = states.shape[:2]
-    hidden = flatten_tokens(jax.lax.stop_gradient(states))
+    hidden = jax.lax.stop_gradient(hidden)
     unembedding = jax.lax.stop_gradient(decoder.unembedding_matrix())
     nothing = jnp.zeros((len(hidden), 1), jnp.int32)
     lse, twice, thrice = (
@@ -291,7 +293,7 @@ def last_layer(
     )
     square = jnp.mean(jnp.square(hidden.astype(jnp.float32) / temperature), axis=-1)
     found = jnp.exp(twice - 2 * lse), jnp.exp(thrice - 3 * lse), square
-    return unflatten_tokens(jnp.stack(found, axis=-1), *shape)
+    return jnp.stack(found, axis=-1)
 
 
 class _Exact(NamedTuple):
@@ -323,7 +325,7 @@ def _exact(
     return _Exact(packing.back(between.tv, rollout), packing.back(between.kl, rollout))
 
 
-def _states(
+def token_states(
     decoder: Decoder, rollout: Rollout
 ) -> tuple[Float[Array, "N D"], Experts | None, Load | None]:
     """The state that predicts each response token, flat, or each cell of packed rows; the routing
@@ -347,7 +349,7 @@ def _states_and_ids(
     decoder: Decoder, rollout: Rollout
 ) -> tuple[Float[Array, "N D"], Int[Array, "N J"], Metrics]:
     """The state that predicts each response token; its id and the stored top-K's; the routing."""
-    hidden, native, load = _states(decoder, rollout)
+    hidden, native, load = token_states(decoder, rollout)
     ids = jnp.concatenate([rollout.response_tokens[..., None], rollout.topk_ids], axis=-1)
     return hidden, packing.flat(ids, rollout), _routing(rollout, native, load)
 

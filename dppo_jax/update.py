@@ -188,7 +188,7 @@ def make_update(
     comes in several microbatches.
     """
     if tokens_per_microbatch is not None:
-        check_packing(objective, critic, microbatches)
+        check_packing(objective, microbatches)
 
     # What else an objective may need is not among the terms that the single pass hands out.
     plain = objective.next_state is None and objective.needs <= {"logp_old", "logp_ref"}
@@ -248,12 +248,13 @@ def make_update(
                 out = objective.loss(stats, rows)._replace(loss_sum=loss_sum)
             else:
 
-                def also(decoder: Decoder, states: Array) -> dict[str, Array]:
+                def also(decoder: Decoder, states: Array, rollout: Rollout) -> dict[str, Array]:
                     fields = {}
                     if critic is not None:
-                        fields["values"] = critic.values(value_params, rows.rollout, states)
+                        fields["values"] = critic.values(value_params, rollout, states)
                     if "last_layer" in objective.needs:
-                        fields["last_layer"] = last_layer(decoder, states, temperature)
+                        curvature = last_layer(decoder, states, temperature)
+                        fields["last_layer"] = packing.back(curvature, rollout)
                     return fields
 
                 stats, routing = score_and_routing(
@@ -313,9 +314,7 @@ def make_update(
     return packed_update
 
 
-def check_packing(
-    objective: Objective, critic: Critic | HeadCritic | None, microbatches: int
-) -> None:
+def check_packing(objective: Objective, microbatches: int) -> None:
     """Refuses what packed sequences do not go with."""
     if microbatches != 1:
         raise ValueError(
@@ -327,8 +326,6 @@ def check_packing(
             "tokens_per_microbatch splits a prompt's samples, and this objective compares them: "
             "leave it out"
         )
-    if critic is not None:
-        raise ValueError("tokens_per_microbatch does not pack a critic's sequences: leave it out")
 
 
 def make_tightness(

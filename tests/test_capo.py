@@ -106,7 +106,8 @@ def test_sums_over_the_vocabulary(tiny, prompts, soft_cap):
         pi = jax.nn.softmax(decoder.logits(states) / 0.8)
         square = jnp.mean((states / 0.8) ** 2, axis=-1)
         wanted = jnp.stack([(pi**2).sum(-1), (pi**3).sum(-1), square], -1)
-        return last_layer(decoder, states, 0.8), wanted
+        flat = states.reshape(-1, states.shape[-1])
+        return last_layer(decoder, flat, 0.8).reshape(wanted.shape), wanted
 
     np.testing.assert_allclose(*both(params), rtol=1e-4)
 

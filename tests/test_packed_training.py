@@ -9,13 +9,23 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import strategies as st
+from test_critic import batch_with_values
 from test_update import assert_close, made_batch
 
 from dppo_jax import packing
-from dppo_jax.batches import score_packed
+from dppo_jax.advantages import gae
+from dppo_jax.batches import make_batch_of, score_packed
+from dppo_jax.critic import ValueHead, ValueModel
 from dppo_jax.metrics import CompilationCounter, reduce_metrics
 from dppo_jax.models.decoder import Model
-from dppo_jax.objectives import dppo_binary_tv, gspo, kl_cov, rebel, seq_mean_token_mean
+from dppo_jax.objectives import (
+    dppo_binary_tv,
+    gspo,
+    kl_cov,
+    rebel,
+    seq_mean_token_mean,
+    with_value_loss,
+)
 from dppo_jax.packing import MOST_IN_A_ROW, Budget, plan
 from dppo_jax.records import Batch
 from dppo_jax.scoring import score
@@ -110,6 +120,33 @@ def test_a_packed_step_is_the_padded_one(small, objective):
     assert numbers["update/padding_fraction"] == pytest.approx(1 - tokens_once / (4 * (3 + 2 * 4)))
     tokens = 2 * 9 + 16
     assert of_packed["update/padding_fraction"] == pytest.approx(1 - tokens / (2 * 21))
+
+
+@pytest.mark.parametrize("kind", [ValueModel, ValueHead])
+def test_a_packed_critic_is_the_padded_one(small, kind):
+    """The values that a batch keeps, and both sides' parameters after a step that moves them."""
+    model, params = small
+    batch, options = batch_with_values(), dict(temperature=0.8)
+    more = {"shared_gradient": True} if kind is ValueHead else {}
+    critic = kind(optax.sgd(0.5), **more).build(model.config)
+    fresh = critic.init(jax.random.key(0), params)
+    weight = jax.random.normal(jax.random.key(1), fresh["head"]["weight"].shape)
+    valued = fresh | {"head": fresh["head"] | {"weight": weight}}
+    objective, found = with_value_loss(dppo_binary_tv(), clip=0.2), []
+    for cells in ({}, {"tokens_per_microbatch": 21}):
+        state = init_state(jax.tree.map(jnp.copy, params), optax.sgd(0.5))
+        values = init_state(jax.tree.map(jnp.copy, valued), critic.optimizer)
+        state = dataclasses.replace(state, critic=values)
+        batch_of = make_batch_of(model, objective, gae, critic=critic, **options, **cells)
+        rewards = jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
+        made, _ = batch_of(state, None, batch.rollout, rewards)
+        update = make_update(model, objective, optax.sgd(0.5), critic, **options, **cells)
+        after, metrics = update(state, made)
+        real = batch.rollout.response_mask
+        kept = [jnp.where(real, leaf, 0.0) for leaf in (made.values_old, made.advantages)]
+        found.append((kept, after.params, after.critic.params))
+        assert reduce_metrics(metrics)["critic/gradient_norm"] > 0.1
+    assert_close(found[1], found[0], 1e-5)
 
 
 def test_other_lengths_compile_nothing(small):

@@ -40,15 +40,15 @@ def test_values_are_of_the_policys_states_and_start_at_zero(small):
         assert jax.tree.structure(axes) == structure
         seen = []
 
-        def also(decoder, states, params=params, critic=critic, seen=seen):
+        def also(decoder, states, rollout, params=params, critic=critic, seen=seen):
             seen.append(states.shape)
-            return {"values": critic.values(params, batch.rollout, states)}
+            return {"values": critic.values(params, rollout, states)}
 
         values = jax.eval_shape(
             lambda also=also: score(model, policy, batch.rollout, temperature=1.0, also=also).values
         )
-        assert values.shape == shape and seen == [(8, 5, 24)]
-        states = jax.random.normal(jax.random.key(1), (8, 5, 24))
+        assert values.shape == shape and seen == [(40, 24)]
+        states = jax.random.normal(jax.random.key(1), (40, 24))
         assert not critic.values(params, batch.rollout, states).any()
     with pytest.raises(ValueError, match="hidden=0: a layer has at least one unit"):
         ValueHead(optax.sgd(0.1), hidden=0)
