@@ -92,6 +92,30 @@ def test_an_attribute_of_many_lines_ends_no_computation():
     assert total == costs_of(BY_HAND, V5P, unknown_trips=3)[0]
 
 
+def test_a_gather_behind_products_counts_once():
+    """As libtpu writes it: begun, again within the fusion of a product, and ended."""
+    gather = (
+        "  %gather = f32[64]{0} all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}, "
+        'frontend_attributes={chain_id="0"}\n'
+    )
+
+    def part(name, after):
+        head = f"%{name} (x: f32[16]) -> f32[64] {{\n  %x = f32[16]{{0}} parameter(0)\n"
+        return head + gather + after + "}\n"
+
+    def custom(target):
+        return f'  ROOT %out = f32[64]{{0}} custom-call(%gather), custom_call_target="{target}"\n'
+
+    text = part("start", custom("AsyncCollectiveStart")) + part("behind", "")
+    text += part("done", custom("AsyncCollectiveDone"))
+    text += "ENTRY %main (x: f32[16]) -> f32[64] {\n  %x = f32[16]{0} parameter(0)\n"
+    for name in ("start", "behind", "done"):
+        text += f"  %{name}.1 = f32[64]{{0}} fusion(%x), kind=kCustom, calls=%{name}\n"
+    total, _ = costs_of(text + "}\n", V5P)
+    gathered = total.collectives["all-gather"]
+    assert (gathered.count, gathered.bytes) == (1, 3 * 4 * 16)
+
+
 @pytest.mark.parametrize("layers", [1, 7])
 def test_flops_of_a_compiled_scan_grow_with_its_length(layers):
     width, rows = 48, 32

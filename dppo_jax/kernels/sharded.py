@@ -57,6 +57,12 @@ class Layout(NamedTuple):
         local = ids - lax.axis_index(self.vocabulary) * shard_rows
         return jnp.where((local >= 0) & (local < shard_rows), local, -1)
 
+    def whole_matrix(self, part: Float[Array, "V d"]) -> Float[Array, "V D"]:
+        """What the devices store of it together, one mesh axis after the other (`models.fsdp`)."""
+        for axis in reversed(self.stores):
+            part = lax.all_gather(part, axis, axis=1, tiled=True)
+        return part
+
     def reduce_matrix(self, gradient: Float[Array, "V D"]) -> Float[Array, "V d"]:
         """The sum over the devices' tokens, of which each keeps what it stores."""
         summed = [axis for axis in self.tokens if axis not in self.stores]
@@ -130,6 +136,7 @@ def sharded_head(hidden, unembedding, ids, transform, forward, layout):
     """
 
     def local(hidden, unembedding, ids):
+        unembedding = layout.whole_matrix(unembedding)
         here = layout.shift(ids, unembedding.shape[0])
         lse, logit_at, entropy = forward(hidden, unembedding, here, transform)
         if layout.vocabulary is not None:
@@ -137,7 +144,7 @@ def sharded_head(hidden, unembedding, ids, transform, forward, layout):
             logit_at = combine_logits(logit_at, layout.vocabulary)
         return lse, logit_at[:, 0], logit_at[:, 1:], entropy
 
-    specs = (layout.rows, layout.matrix, layout.rows)
+    specs = (layout.rows, layout.stored, layout.rows)
     return on_mesh(local, specs, layout.rows)(hidden, unembedding, ids)
 
 
@@ -173,6 +180,7 @@ def _backward(transform, forward, layout, kept, cotangents):
 
     def local(residuals, known):
         residuals = _Residuals(*residuals)
+        residuals = residuals._replace(unembedding=layout.whole_matrix(residuals.unembedding))
         ids = layout.shift(residuals.ids, residuals.unembedding.shape[0])
         saved = Saved(
             residuals.hidden, residuals.unembedding, ids, residuals.lse, residuals.entropy, None,
@@ -187,8 +195,8 @@ def _backward(transform, forward, layout, kept, cotangents):
             d_unembedding = layout.reduce_matrix(d_unembedding)
         return d_hidden, d_unembedding
 
-    rows, matrix = layout.rows, layout.matrix
-    compute = on_mesh(local, ((rows, matrix, rows, rows, rows), rows), (rows, layout.stored))
+    rows, stored = layout.rows, layout.stored
+    compute = on_mesh(local, ((rows, stored, rows, rows, rows), rows), (rows, stored))
     return *compute(tuple(residuals), known), None
 
 
@@ -208,6 +216,7 @@ def sharded_loss_and_grad(
     """`single_pass.fused_loss_and_grad` on the mesh that is set; same results, laid out on it."""
 
     def local(hidden, unembedding, ids, rows, valid):
+        unembedding = layout.whole_matrix(unembedding)
         total, terms, gradients = fused_loss_and_grad(
             loss,
             hidden,
@@ -223,7 +232,7 @@ def sharded_loss_and_grad(
             total = lax.psum(total, layout.tokens)
         return total, terms, (gradients.hidden, layout.reduce_matrix(gradients.unembedding))
 
-    specs = (layout.rows, layout.matrix, layout.rows, layout.rows, layout.rows)
+    specs = (layout.rows, layout.stored, layout.rows, layout.rows, layout.rows)
     out = (PartitionSpec(), layout.rows, (layout.rows, layout.stored))
     total, terms, gradients = on_mesh(local, specs, out)(hidden, unembedding, ids, rows, valid)
     return total, terms, Gradients(*gradients)

@@ -12,6 +12,7 @@ from qwix import QArray, dequantize
 from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.expert_parallel import expert_mlps_on_mesh
+from dppo_jax.models.fsdp import with_whole
 from dppo_jax.models.moe import Load, route, stored_ids
 from dppo_jax.models.rope import Rope, rotate
 from dppo_jax.sharding import constrain
@@ -51,6 +52,20 @@ def gathered(param: nnx.Param) -> Array:
     return dequantize(
         QArray(constrain(value.qvalue, *param.axes), constrain(value.scale, *scale_axes))
     )
+
+
+def in_use(
+    function: Callable[[Array, Array], Array],
+    x: Array,
+    param: nnx.Param,
+    dtype: jax.typing.DTypeLike,
+) -> Array:
+    """function(x, the parameter in `dtype` as `gathered` has it), token by token."""
+    value = param[...]
+    if isinstance(value, QArray):
+        return function(x, gathered(param).astype(dtype))
+    # What travels is rounded first, as are the gradients that are summed.
+    return with_whole(function, x, value.astype(dtype), param.axes)
 
 
 def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float):
@@ -105,9 +120,14 @@ class Block(nnx.Module):
 
     def _product(self, x: Float[Array, "N I"], name: str) -> Float[Array, "N O"]:
         """x times the named matrix, and what its adapter adds."""
-        out = x @ gathered(getattr(self, name)).astype(x.dtype)
+        out = in_use(lambda x, weight: x @ weight, x, getattr(self, name), x.dtype)
         adapter = adapter_of(self, name)
         return out if adapter is None else out + adapter(x)
+
+    def _of_experts(self, name: str, dtype: jax.typing.DTypeLike) -> Float[Array, "E I O"]:
+        """The named matrices as they are stored, in the precision of their products."""
+        weights = getattr(self, name)
+        return gathered(weights) if isinstance(weights[...], QArray) else weights[...].astype(dtype)
 
     def queries_keys_values(self, x: Float[Array, "N D"], rope: Rope):
         """q [N, heads, d], and k, v [N, kv_heads, d], rotated to their positions."""
@@ -160,7 +180,7 @@ class Block(nnx.Module):
         if c.experts:
             router = gathered(self.router)
             routing = route(y, router, c.experts_per_token, c.normalised_gates, replayed)
-            gate, up, down = (gathered(w) for w in (self.gate, self.up, self.down))
+            gate, up, down = (self._of_experts(n, y.dtype) for n in ("gate", "up", "down"))
             found = {name: adapter_of(self, name) for name in ("gate", "up", "down")}
             adapters = {name: each.factors() for name, each in found.items() if each}
             out = expert_mlps_on_mesh(

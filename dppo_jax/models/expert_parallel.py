@@ -30,6 +30,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dppo_jax.kernels import tiles
+from dppo_jax.models.fsdp import Axes, whole
 from dppo_jax.models.moe import LowRank, expert_mlps, grouped_mlps
 from dppo_jax.sharding import axes_of, current_view, spec_of
 
@@ -58,7 +59,8 @@ def expert_mlps_on_mesh(
         return expert_mlps(y, gates, chosen, gate, up, down, activation, adapters)
     view = current_view()
     spec = partial(spec_of, mesh=mesh, view=view)
-    into, out = spec(("experts", "embed", "mlp")), spec(("experts", "mlp", "embed"))
+    stored = partial(spec_of, mesh=mesh, view=view if view == "decode" else "parameters")
+    of = {"gate": ("experts", *_INTO), "up": ("experts", *_INTO), "down": ("experts", *_INTO[::-1])}
     inner = axes_of("mlp", mesh, view)
     devices = mesh.shape[AXIS]
     stationary = view == "decode"
@@ -75,27 +77,41 @@ def expert_mlps_on_mesh(
         transport = "ragged" if there else "gathered"
 
     def local(y, gates, chosen, gate, up, down, adapters):
+        if not stationary:
+            gate, up, down = (
+                whole(part, of[name], mesh)
+                for name, part in (("gate", gate), ("up", up), ("down", down))
+            )
+            adapters = {
+                name: tuple(
+                    whole(factor, axes, mesh)
+                    for factor, axes in zip(factors, _low_rank(of[name]), strict=True)
+                )
+                for name, factors in adapters.items()
+            }
         here = _Here(gate, up, down, adapters, activation, split)
         if stationary:
             return lax.psum(_of_my_experts(here, y, gates, chosen), (AXIS, *inner))
         if devices == 1:
-            whole = expert_mlps(y, gates, chosen, gate, up, down, activation, adapters)
+            out = expert_mlps(y, gates, chosen, gate, up, down, activation, adapters)
         else:
             exchange = {"ragged": _ragged, "gathered": _gathered}[transport]
-            whole = _in_pieces(partial(exchange, here), devices, y, gates, chosen)
-        return lax.psum(whole, inner) if inner else whole
+            out = _in_pieces(partial(exchange, here), devices, y, gates, chosen)
+        return lax.psum(out, inner) if inner else out
 
-    low_rank = {
-        name: (spec(("experts", *ends[:1], None)), spec(("experts", None, *ends[1:])))
-        for name, ends in (("gate", _INTO), ("up", _INTO), ("down", _INTO[::-1]))
-        if adapters and name in adapters
-    }
-    specs = (rows, choices, choices, into, into, out, low_rank)
+    low_rank = {name: tuple(map(stored, _low_rank(of[name]))) for name in adapters or {}}
+    specs = (rows, choices, choices, *map(stored, of.values()), low_rank)
     run = jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)
     return run(y, gates, chosen, gate, up, down, dict(adapters or {}))
 
 
 _INTO = ("embed", "mlp")
+
+
+def _low_rank(axes: Axes) -> tuple[Axes, Axes]:
+    """Logical axes of the two factors of an adapter of experts' matrices."""
+    experts, into, out = axes
+    return (experts, into, None), (experts, None, out)
 
 
 class _Here(NamedTuple):

@@ -138,8 +138,12 @@ class _Module:
 
     def _inside(self, costs: Costs, fused: dict[str, Instruction]) -> None:
         """Products and collectives within a fusion."""
+        # libtpu writes a collective that runs behind products again in each of their fusions.
+        starts = any("AsyncCollectiveStart" in i.attributes for i in fused.values())
         for i in fused.values():
             kind = i.opcode.removesuffix("-start")
+            if kind in COLLECTIVES and "chain_id" in i.attributes and not starts:
+                continue
             if kind in COLLECTIVES:
                 operands = [fused[name] for name in i.operands if name in fused]
                 # libtpu writes a reduce-scatter as an all-reduce of which each takes its part.

@@ -14,7 +14,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
 ]
 REPOSITORY = Path(__file__).parent.parent.parent
-TINY = ["PROMPTS_PER_STEP=16", "decoder.DecoderConfig.layers=2", "MAX_NEW_TOKENS=9"]
+MODEL = ["decoder.DecoderConfig.layers=2", "decoder.DecoderConfig.width=512"]
+TINY = ["PROMPTS_PER_STEP=16", *MODEL, "MAX_NEW_TOKENS=9"]
 
 
 def dppo_plan(*options: str, status: int = 0) -> subprocess.CompletedProcess:
@@ -41,12 +42,17 @@ def test_every_program_of_a_step_compiles_for_a_tpu():
     programs = plan["programs"]
     assert (plan["chips"], plan["mesh"], plan["fits"]) == (4, {"fsdp": 4}, True)
     assert list(programs) == ["weight sync", "prefill", "decode", "scoring", "update"]
-    weights = 2 * 128 * (4 * 128 + 3 * 384)
+    weights = 2 * 512 * (4 * 128 + 3 * 384)
     tokens = 16 * (6 + 8 * 8) / 4 / 4  # a chip, of a gradient step
     update = programs["update"]
     assert 1 < update["flops"] / (6 * tokens * weights) < 1.3
-    state = 12 * (weights + 16 * 128) / 4
+    state = 12 * (weights + 16 * 512) / 4
     assert 1 < update["arguments"] / state < 1.5  # TPUs pad what is small
+    # Each chip gets its part of the gradients' sum, and no chip all of it.
+    moved = {kind: each["bytes"] for kind, each in update["collectives"].items()}
+    assert 1 < moved["reduce-scatter"] / (4 * weights * 3 / 4) < 1.05
+    assert moved["all-reduce"] < 0.01 * moved["reduce-scatter"]
+    assert 1 < moved["all-gather"] / (2 * weights * 3 / 4) < 1.05  # once, rounded for the product
     decoded = 8 * 16 * 8 / 4 * weights * 2  # tokens after the first, of 16 x 8 sequences
     assert 1 < programs["decode"]["flops"] / decoded < 1.3
     assert all(p["compiler_seconds"] > 0 for name, p in programs.items() if p["flops"])
