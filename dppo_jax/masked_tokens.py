@@ -43,7 +43,18 @@ def most_masked(counts: np.ndarray, tokenizer: Tokenizer) -> list[MaskedToken]:
     ]
 
 
-def as_json(tokens: Sequence[MaskedToken]) -> str:
-    """The table as a file's text, a token a line."""
+def as_files(tokens: Sequence[MaskedToken]) -> dict[str, str]:
+    """The table by file name: for programs and for eyes."""
     rows = ",\n".join(json.dumps(token._asdict(), ensure_ascii=False) for token in tokens)
-    return f"[\n{rows}\n]\n"
+    return {"masked_tokens.json": f"[\n{rows}\n]\n", "masked_tokens.txt": as_text(tokens)}
+
+
+def as_text(tokens: Sequence[MaskedToken]) -> str:
+    """A line a token, quoted, so that blanks and line ends are seen."""
+    lines = [f"{'masked':>8} {'A > 0':>8} {'A < 0':>8} {'of all':>8}  token"]
+    lines += [
+        f"{token.masked:8d} {token.masked_positive:8d} {token.masked_negative:8d} "
+        f"{token.share:8.2%}  {token.text!r}"
+        for token in tokens
+    ]
+    return "\n".join(lines) + "\n"

@@ -37,7 +37,7 @@ from dppo_jax.evaluate import (
 )
 from dppo_jax.hosts import Preemption, first_process_first
 from dppo_jax.initial_policy import InitialContext, InitialPolicy, hf_folder
-from dppo_jax.masked_tokens import as_json, most_masked
+from dppo_jax.masked_tokens import as_files, most_masked
 from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
 from dppo_jax.models.decoder import DecoderConfig, Params
 from dppo_jax.models.fused_attention import described
@@ -378,7 +378,7 @@ def train(
         evaluated.write(kept, steps)
         after = evaluated.as_dict()
         masked = most_masked(jax.device_get(state.token_counts), tokenizer)
-        write_files(directory, {"masked_tokens.json": as_json(masked)})
+        write_files(directory, as_files(masked))
     for file in (checkpoints, log, samples, kept):
         file.close()
     summary = {

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from dppo_jax import objectives
-from dppo_jax.masked_tokens import most_masked
+from dppo_jax.masked_tokens import as_text, most_masked
 from dppo_jax.metrics import reduce_metrics
 from dppo_jax.objectives.metrics import MASKED_TOKENS
 from dppo_jax.prompts.tokenizers import train_sentencepiece
@@ -48,6 +48,7 @@ def test_by_hand():
         "mask/fraction": 2 / 6, "mask/fraction_positive": 1 / 4, "mask/fraction_negative": 1 / 2,
         "mask/prob_positive": 0.7, "mask/prob_negative": 0.4,
         "mask/prob_rollout_positive": 0.5, "mask/prob_rollout_negative": 0.8,
+        "mask/logp_positive": np.log(0.7), "mask/logp_rollout_negative": np.log(0.8),
         "mask/ratio_positive": 1.4, "mask/ratio_negative": 0.5,
         "mask/entropy_positive": 0.1, "mask/entropy_negative": 0.5,
         "mask/divergence_positive": 0.2, "mask/divergence_negative": 0.4,
@@ -132,3 +133,8 @@ def test_the_table_of_most_masked_tokens(tmp_path):
     assert first == (seven, "7", 4, 4, 0, 4, 1.0)
     assert second == (a, "a", 3, 1, 2, 6, 0.5)
     assert (third.id, third.text, third.masked) == (tokenizer.vocab_size + 1, "", 1)
+    assert as_text([first, second]) == (
+        "  masked    A > 0    A < 0   of all  token\n"
+        "       4        4        0  100.00%  '7'\n"
+        "       3        1        2   50.00%  'a'\n"
+    )

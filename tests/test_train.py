@@ -55,6 +55,7 @@ def test_files_of_a_run(run):
         "operative_config.gin",
         "metrics.jsonl",
         "masked_tokens.json",
+        "masked_tokens.txt",
         "samples.jsonl",
         "answers.jsonl",
         "summary.json",

@@ -75,6 +75,8 @@ def _masked(
     of_dropped = {
         "prob": jnp.exp(stats.logp),
         "prob_rollout": jnp.exp(rollout.logp_rollout),
+        "logp": stats.logp,
+        "logp_rollout": rollout.logp_rollout,
         "ratio": ratio,
         "entropy": stats.entropy,
     }

@@ -75,6 +75,9 @@ SCORES = {
     "mask_bad_updates": None, "pg_is": None, "pg_tis": 3.0, "trm_max": None, "trm_avg": None,
 }  # fmt: skip
 
+# Methods that weigh log π by something else that is constant for the gradient.
+WEIGHTED = {"reinforce", "cispo", "minpro", "vespo", "cppo_soft"}
+
 EXEMPT = {
     "on policy it is REINFORCE": {
         "clip_cov": "drops random tokens whatever the policy is",

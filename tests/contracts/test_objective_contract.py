@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from objective_batches import loss_and_gradient, make_batch, scribble_padding, take_rows
-from objective_variants import EXEMPT, SCORES, VARIANTS
+from objective_variants import EXEMPT, SCORES, VARIANTS, WEIGHTED
 
 from dppo_jax import objectives as o
 from dppo_jax.records import Max, Mean, fold_metrics
@@ -28,6 +28,15 @@ COMMON_METRICS = {
     "ratio/max",
     "entropy/mean",
     "policy/kl_rollout",
+    "prob_diff/mean",
+    "prob_diff/max",
+    "topk/mass",
+    "topk/mass_rollout",
+    "topk/sampled_inside",
+} | {
+    f"mask/{name}_{sign}"
+    for name in ("prob", "prob_rollout", "logp", "logp_rollout", "ratio", "entropy")
+    for sign in ("positive", "negative")
 }
 ROWS, COLUMNS = 6, 13
 BATCH = make_batch(seed=4, b=ROWS, t=COLUMNS)
@@ -121,6 +130,29 @@ def test_the_policys_gradient_is_the_masked_weighted_score(variant):
     np.testing.assert_allclose(
         result.loss_sum, (ours * np.asarray(stats.logp))[mask].sum(), rtol=1e-4, atol=2e-6
     )
+
+
+def test_the_gradient_is_the_values_or_that_of_a_weighted_score(variant):
+    """Central differences along a direction; where weights are constants, loss = Σ gradient·log π.
+
+    Both sides of the difference are the compiled function's own values, in float32.
+    """
+    stats, batch = BATCH
+    result, gradient = evaluated(variant)
+    if variant.name in SCORES or variant.method in WEIGHTED:
+        mask = np.asarray(batch.rollout.response_mask)
+        total = (np.asarray(gradient.logp, np.float64) * np.asarray(stats.logp))[mask].sum()
+        np.testing.assert_allclose(result.loss_sum, total, rtol=1e-4, atol=2e-6)
+        return
+    rng = np.random.default_rng(0)
+    along = rng.uniform(0.5, 1.5, (ROWS, COLUMNS)) * rng.choice([-1, 1], (ROWS, COLUMNS))
+    step = jnp.asarray(2e-3 * along, jnp.float32)
+    above, below = (
+        float(compiled(variant)(replace(stats, logp=stats.logp + d), batch)[0].loss_sum)
+        for d in (step, -step)
+    )
+    slope = float(jnp.sum(gradient.logp * step)) * 2
+    assert above - below == pytest.approx(slope, rel=0.03, abs=2e-5)
 
 
 def test_on_policy_it_is_reinforce(variant):
