@@ -62,7 +62,8 @@ def init_state(
         transform_non_params=lambda _: None,
     )
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    carried = jax.tree.map(jnp.array, objective_state)
+    # Of a firm type, as what `next_state` makes of it: else the second step compiles anew.
+    carried = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), objective_state)
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), carried, rollout_memory)
 
 

@@ -60,7 +60,7 @@ train.train.eval_prompts = 12
 train.train.checkpoint_every = 2
 """
 
-# Every kind of term at once, on the toy.
+# Every kind of term at once, on the toy, around an objective with a state of its own.
 EVERY_TERM = """
 from __gin__ import dynamic_registration
 from dppo_jax import objectives
@@ -69,7 +69,8 @@ include "{toy}"
 include "configs/algorithms/ppo_critic.gin"
 train.train.objective = @objectives.with_reference_kl()
 objectives.with_reference_kl.objective = @objectives.with_entropy_bonus()
-objectives.with_entropy_bonus.objective = @objectives.ppo_critic()
+objectives.with_entropy_bonus.objective = @objectives.with_value_loss()
+objectives.with_value_loss.objective = @objectives.r2vpo()
 objectives.with_entropy_bonus.coefficient = 0.01
 objectives.with_reference_kl.coefficient = 0.1
 objectives.with_reference_kl.estimator = @objectives.k3_plus

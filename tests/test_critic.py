@@ -187,6 +187,8 @@ def test_a_run_with_every_term(run):
         "critic/explained_variance", "critic/gradient_norm", "critic/squared_error",
     ):  # fmt: skip
         assert all(isinstance(line[name], float) for line in written), name
+    duals = [line["r2vpo/dual"] for line in written]
+    assert duals[0] != 0.04 and len(set(duals)) == len(duals)  # moved once a gradient step
     # the policy is its own reference at first, and moves away from it
     assert written[0]["reward/penalty"] == pytest.approx(0, abs=1e-5)
     assert abs(written[-1]["reward/penalty"]) > 1e-3 and written[-1]["loss/kl_ref"] > 1e-5
@@ -195,7 +197,7 @@ def test_a_run_with_every_term(run):
 
 
 def test_it_goes_on_as_if_it_had_not_stopped(dppo, run, every_term_recipe, tmp_path):
-    """With the critic, its optimizer and the same reference."""
+    """With the critic, its optimizer, the same reference and the objective's dual variable."""
     stopped = tmp_path / "stopped"
     shutil.copytree(run, stopped)
     shutil.rmtree(stopped / "checkpoints" / "4")

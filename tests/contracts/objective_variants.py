@@ -75,8 +75,11 @@ SCORES = {
     "mask_bad_updates": None, "pg_is": None, "pg_tis": 3.0, "trm_max": None, "trm_avg": None,
 }  # fmt: skip
 
-# Methods that weigh log π by something else that is constant for the gradient.
-WEIGHTED = {"reinforce", "cispo", "minpro", "vespo", "cppo_soft"}
+# Others, and options, that weigh log π by something that is constant for the gradient.
+WEIGHTED = {
+    "reinforce", "cispo", "minpro", "vespo", "cppo_soft",
+    "cppo binary", "trm_max wide", "trm_avg wide", "grpo_icepop product",
+}  # fmt: skip
 
 EXEMPT = {
     "on policy it is REINFORCE": {

@@ -139,7 +139,7 @@ def test_the_gradient_is_the_values_or_that_of_a_weighted_score(variant):
     """
     stats, batch = BATCH
     result, gradient = evaluated(variant)
-    if variant.name in SCORES or variant.method in WEIGHTED:
+    if variant.name in SCORES or variant.name in WEIGHTED:
         mask = np.asarray(batch.rollout.response_mask)
         total = (np.asarray(gradient.logp, np.float64) * np.asarray(stats.logp))[mask].sum()
         np.testing.assert_allclose(result.loss_sum, total, rtol=1e-4, atol=2e-6)

@@ -19,7 +19,7 @@ from objective_batches import make_batch  # noqa: E402
 
 from dppo_jax import objectives  # noqa: E402
 
-NAMES = ("cppo", "trm_avg", "gspo", "grpo_mis", "minpro", "bapo", "clip_cov")
+NAMES = ("cppo", "trm_avg", "gspo", "grpo_mis", "minpro", "bapo", "clip_cov", "kl_cov")
 
 
 def difference(left, right):
