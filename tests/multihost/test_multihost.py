@@ -78,7 +78,7 @@ def assert_same_numbers(ours: list[dict], theirs: list[dict]):
 def train_until(recipe: Path, run: Path, steps: int, processes: int):
     """The run of some processes with four devices together, under way and `steps` steps far."""
     commands = launch.dppo(processes, "train", recipe, "--workdir", run)
-    env = launch.environment(4 // processes, recipe.parent / "programs")
+    env = launch.environment(4 // processes, recipe.parent / f"programs{processes}")
     running = launch.start(commands, env, [HERE] * processes)
     launch.wait_for(lambda: len(metrics(run)) >= steps, running)
     return running
@@ -137,7 +137,7 @@ def test_two_processes_are_one_run(recipe, one_process):
 def evaluated(recipe: Path, run: Path, processes: int) -> dict:
     name = run.parent / f"answers{processes}.jsonl"
     command = ["eval", recipe, "--checkpoint", run, "--answers", name]
-    env = launch.environment(4 // processes, recipe.parent / "programs")
+    env = launch.environment(4 // processes, recipe.parent / f"programs{processes}")
     commands = launch.dppo(processes, *command, "--json")
     ended = launch.ends(launch.start(commands, env, [HERE] * processes))
     assert {e.status for e in ended} == {0}, ended
