@@ -26,15 +26,25 @@ _LETTER_GOLD = re.compile(
     rf"\(?[{_LETTERS}]\)?|(?:.*\n)?\([{_LETTERS}]\) ?[A-Za-z].*"
 )  # C, (C) Cecile
 _SHOWN = 200
+_WARM = (
+    (r"\frac{1}{2}", r"\frac{2}{4}"), ("(0,1]", "[0,1)"), ("x>5", "x<=3"), ("(1,2)", "(x,y)"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}3\\4\end{pmatrix}"),
+    (r"\{1,2\}", r"\{2,3\}"), (r"\sqrt[3]{2}\pi", r"\sin(x)+\log_2 3"), ("3+4i", "10!"),
+    (r"x^2-3x+\frac{a}{b}", "y=2x-1"), (r"A\cup B", r"(-\infty,3)\cup(3,\infty)"),
+)  # fmt: skip
 
 
 def _warm_up() -> None:
-    """Imports the algebra and builds its tables: a second that no worker should spend again."""
-    example = Example("warm-up", "", "\\frac{1}{2}", "")
-    math_answer(example, "so $x = 0.5$, which is \\boxed{\\frac{2}{4}}", True)
+    """Imports the algebra and builds the tables of its grammar, for each kind of answer.
+
+    Workers inherit them. One that had to build its own would spend half a second, after each hang.
+    """
+    for gold, answer in _WARM:
+        for text in (f"so $x = 0.5$, which is \\boxed{{{answer}}}", f"Thus it is ${answer}$ then"):
+            math_answer(Example("warm-up", "", gold, ""), text, True)
 
 
-@isolated(Limits(seconds=1.0), _warm_up)
+@isolated(Limits(seconds=1.0, waiting_seconds=5.0), _warm_up)
 def math_answer(
     example: Example,
     response: str,

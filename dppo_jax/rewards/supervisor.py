@@ -22,8 +22,8 @@ from dppo_jax.rewards.worker import Task
 
 _PR_SET_CHILD_SUBREAPER = 36
 _BATCH = 16  # tasks sent to a worker at a time
-_PATIENCE = 0.5  # seconds after which a task no longer holds one of the pool's places
-_CROWD = 8  # workers a place, at most, of which all but one are beyond that
+_PATIENCE = 0.1  # seconds after which a task that waits no longer holds one of the pool's places
+_CROWD = 8, 64  # workers at most: so many a place, or so many in all if that is more
 
 
 class Job(NamedTuple):
@@ -70,6 +70,10 @@ class _Worker:
     def begin(self) -> None:
         """The first task of the batch begins now."""
         self.since, self._unserved = time.monotonic(), worker.unserved_seconds(self.pid)
+
+    def holds_a_place(self) -> bool:
+        """Whether it has just begun, or it or a process that it started computes."""
+        return time.monotonic() - self.since < _PATIENCE or worker.computes(self.pid)
 
     def late(self, seconds: float) -> bool:
         """Whether the first task is not done after so long.
@@ -190,10 +194,10 @@ class Supervisor:
 
     def _staff(self, waiting: deque[Task], places: int) -> None:
         """Gives tasks to idle workers, and starts workers for places that nobody holds."""
-        now = time.monotonic()
-        holding = sum(now - w.since < _PATIENCE for w in self.workers if w.batch)
+        holding = sum(w.holds_a_place() for w in self.workers if w.batch)
         idle = [w for w in self.workers if not w.batch]
-        while waiting and holding < places and (idle or len(self.workers) < places * _CROWD):
+        most = max(places * _CROWD[0], _CROWD[1])
+        while waiting and holding < places and (idle or len(self.workers) < most):
             if not idle:
                 others = [self.run, *(w.connection for w in self.workers)]
                 idle.append(_Worker(self.verifier, self.limits, others))

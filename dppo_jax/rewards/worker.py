@@ -85,6 +85,16 @@ def children_of(pid: int) -> set[int]:
         return set()
 
 
+def computes(pid: int) -> bool:
+    """Whether a process, or one that it started, is running now or ready to run."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state = file.read().rpartition(") ")[2][:1]
+    except OSError:
+        return False
+    return state in "RD" or any(computes(child) for child in children_of(pid))
+
+
 def unserved_seconds(pid: int) -> float:
     """How long a process was ready to run and had no processor, in all its life.
 
