@@ -1,7 +1,9 @@
 """Programs under test: what passes, and what a program cannot do."""
 
+import errno
 import functools
 import json
+import os
 import socket
 import threading
 
@@ -96,6 +98,28 @@ def test_no_network_and_a_clean_environment(monkeypatch):
     environment = "import os\nprint(sorted(set(os.environ) - {'LC_CTYPE'}))"
     expected = {"inputs": [""], "outputs": [str(["HOME", "LANG", "PATH"])]}
     assert judged(environment, expected).score == 1
+
+
+WRITER = """
+import os
+done = []
+for change in (lambda: open({path!r}, "w"), lambda: os.unlink({path!r}), lambda: open("own", "w")):
+    try:
+        change()
+    except OSError as error:
+        done.append(error.errno)
+print(done)
+"""
+
+
+def test_files_are_written_in_its_own_folder_alone(tmp_path):
+    if tuple(int(part) for part in os.uname().release.split(".")[:2]) < (5, 12):
+        pytest.skip("the kernel cannot make mounts read-only recursively")
+    file = tmp_path / "kept"
+    file.write_text("as it was")
+    expected = {"inputs": [""], "outputs": [str([errno.EROFS] * 2)]}
+    assert judged(WRITER.format(path=str(file)), expected).reason == "passed 1 of 1 tests"
+    assert file.read_text() == "as it was"
 
 
 def test_in_the_pool():

@@ -1,11 +1,12 @@
 """Runs one untrusted Python program: `python -I -S sandbox.py LIMITS PROGRAM`, nothing of ours.
 
 What holds on Linux where user namespaces are allowed: no network (an empty network namespace), no
-process left behind (a process namespace, whose first process takes the others with it), no more
-than the given memory, processor time and file size a process, a clean environment, nothing on
-standard error. What does not: the program reads any file that its user may read and writes where
-its user may write; memory is limited for each of at most 64 processes, not for their sum; the
-kernel is shared. For hostile code run the whole training in a container or a virtual machine.
+process left behind (a process namespace, whose first process takes the others with it), nothing
+written but in the program's own folder (from kernel 5.12 on), no more than the given memory,
+processor time and file size a process, a clean environment, nothing on standard error. What does
+not: the program reads any file that its user may read; memory is limited for each of at most 64
+processes, not for their sum, and files one by one; the kernel is shared. For hostile code run the
+whole training in a container or a virtual machine.
 """
 
 import ctypes
@@ -17,6 +18,9 @@ import sys
 
 NO_NAMESPACE = 97  # exit status: nothing was run
 _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
+_NEW_NS = 0x00020000
+_MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
+_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000  # the call's number everywhere
 _PR_SET_PDEATHSIG = 1
 
 
@@ -27,6 +31,8 @@ def main() -> None:
     library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if library.unshare(_NEW_USER | _NEW_NET | _NEW_PID | _NEW_IPC) and limits["isolated"]:
         os._exit(NO_NAMESPACE)
+    if not library.unshare(_NEW_NS):
+        _write_only_in(os.path.dirname(program), library)
     child = os.fork()  # only a child is in the new process namespace: its first process
     if child == 0:
         library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -36,6 +42,16 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, "-I", "-S", "-B", program], environment)
     _, status = os.waitpid(child, 0)
     os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
+
+
+def _write_only_in(folder: str, library: ctypes.CDLL) -> None:
+    """Makes every mount read-only but the folder's; nothing where the kernel does not do it."""
+    here, path = _AT_FDCWD, folder.encode()
+    read_only, writable = (ctypes.c_uint64 * 4)(1), (ctypes.c_uint64 * 4)(0, 1)  # to set, to clear
+    library.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+    library.mount(path, path, None, _MS_BIND, None)
+    library.syscall(_MOUNT_SETATTR, here, b"/", _AT_RECURSIVE, ctypes.byref(read_only), 32)
+    library.syscall(_MOUNT_SETATTR, here, path, 0, ctypes.byref(writable), 32)
 
 
 def _limit(limits: dict) -> None:
