@@ -232,6 +232,77 @@ def test_peft_loads_what_we_write(family, targets, tmp_path):
     assert np.abs(ours - wanted)[mask].max() < 1e-4 < 0.1 < np.abs(plain - wanted)[mask].max()
 
 
+def test_we_load_the_fused_experts_that_peft_writes(tmp_path):
+    """`target_parameters` of a mixture: one adapter of gates and ups, one of downs, a layer."""
+    theirs = pytest.importorskip("peft", reason="parity needs the extra `parity`: peft")
+    import torch
+
+    base = transformers_model("qwen3_moe")
+    saved(base, tmp_path / "base")
+    described = theirs.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj"], task_type="CAUSAL_LM",
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )  # fmt: skip
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        adapted = theirs.get_peft_model(base, described).eval()
+        generator = torch.Generator().manual_seed(0)
+        for name, leaf in adapted.named_parameters():
+            if ".lora_" in name:
+                leaf.copy_(0.2 * torch.randn(leaf.shape, generator=generator))
+        adapted.save_pretrained(tmp_path / "adapter")
+        config = config_of(str(tmp_path / "base"))
+        tokens, mask = left_padded(config.vocab_size)
+        wanted = torch_logits(adapted, tokens, mask).numpy()
+    lora = peft.adapter(str(tmp_path / "adapter"))
+    assert (lora.names, lora.rank, lora.scale) == (("q", "gate", "up", "down"), 3, 5 / 3)
+    model, mesh = LoraModel(config, lora), MeshConfig().build()
+    adapters = peft.read_adapters(
+        tmp_path / "adapter", model, shardings_of(model.adapter_axes, mesh)
+    )
+    params = read_params(tmp_path / "base", model, shardings_of(model.logical_axes, mesh))
+
+    @jax.jit
+    def logits_of(policy):
+        decoder = model.bind(policy)
+        hidden, _ = full_forward(decoder, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask))
+        return decoder.logits(hidden)
+
+    ours, plain = (logits_of(p) for p in (model.policy(adapters, params), params))
+    assert np.abs(ours - wanted)[mask].max() < 1e-4 < 0.1 < np.abs(ours - plain)[mask].max()
+
+
+@pytest.mark.parametrize(
+    ("targets", "shapes", "message"),
+    [
+        (["mlp.experts.down_proj"], {"A": (12, 6), "B": (8, 12)}, None),
+        (["mlp.experts.down_proj"], {"A": (11, 6), "B": (8, 12)}, "no down_proj of experts at"),
+        (["mlp.gate.weight"], {"A": (12, 6), "B": (8, 12)}, "names mlp.gate.weight; known are"),
+    ],
+)
+def test_fused_experts_alone_and_wrong(tmp_path, targets, shapes, message):
+    """Four experts at rank 3, downs from 6 to 8: a single parameter is not nested."""
+    module = "base_model.model.model.layers.0.mlp.experts"
+    values = {
+        letter: np.arange(np.prod(shape), dtype="float32") for letter, shape in shapes.items()
+    }
+    write_file(
+        tmp_path / peft.WEIGHTS,
+        {f"{module}.lora_{letter}.weight": shape for letter, shape in shapes.items()},
+        (values[letter].reshape(shape) for letter, shape in shapes.items()),
+        np.dtype("float32"),
+        "F32",
+    )
+    described = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "target_parameters": targets}
+    (tmp_path / peft.CONFIG).write_text(json.dumps(described))
+    if message:
+        with pytest.raises(ValueError, match=message) as caught:
+            peft.adapter(str(tmp_path))
+        assert "\n" not in str(caught.value)
+    else:
+        assert peft.adapter(str(tmp_path)).names == ("down",)
+
+
 @pytest.fixture(scope="module")
 def folder(exported, tmp_path_factory):
     """A PEFT folder to break: its adapter_config.json as a dict, its tensors by name."""

@@ -5,6 +5,7 @@ python tests/tpu_aot/compile_step.py qwen3_8b v5p:4x4x4
 
 import dataclasses
 import json
+import re
 import sys
 import time
 
@@ -91,7 +92,8 @@ def main(name: str, topology: str) -> dict:
     update = make_update(model, dppo_binary_tv(), optimizer, temperature=1.0)
     started = time.monotonic()
     with jax.set_mesh(mesh):
-        memory = update.lower(state, batch).compile().memory_analysis()
+        compiled = update.lower(state, batch).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     return {
         "model": name,
         "topology": topology,
@@ -104,6 +106,7 @@ def main(name: str, topology: str) -> dict:
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
+        "kernels": sorted(set(re.findall(r"splash_mha_[a-z]+|ragged_dot", text))),
         "compile_seconds": round(time.monotonic() - started, 1),
     }
 

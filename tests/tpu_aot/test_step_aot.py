@@ -37,3 +37,5 @@ def test_a_step_fits(model, parameters):
     print(found)
     assert (found["chips"], found["parameters"]) == (64, parameters)
     assert found["bytes_a_chip"] < MEMORY["v5p"]
+    splash = {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"}
+    assert set(found["kernels"]) == splash | ({"ragged_dot"} if model.endswith("a3b") else set())
