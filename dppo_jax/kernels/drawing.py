@@ -99,10 +99,11 @@ def inverse_cdf(
     """
     columns = columns or Columns(p.shape[1])
     size = group_columns(columns.vocabulary)
-    first = begins = jnp.zeros((len(p),), jnp.int32)
-    if size < columns.vocabulary:
-        first = size * pick(columns.sums_of(p, size), numbers.group)
-        begins = jnp.minimum(first, columns.vocabulary - size)
+    if size == columns.vocabulary:  # one group
+        begins = jnp.zeros((len(p),), jnp.int32)
+        return within_group(columns.window(p, begins, size), numbers, columns)
+    first = size * pick(columns.sums_of(p, size), numbers.group)
+    begins = jnp.minimum(first, columns.vocabulary - size)
     window = columns.window(p, begins, size)
     new = begins[:, None] + jnp.arange(size) >= first[:, None]
     return begins + within_group(jnp.where(new, window, 0.0), numbers, columns)
