@@ -65,6 +65,7 @@ def bapo(
     def token_loss(stats: TokenStats, batch: Batch, bounds: Bounds) -> TokenLoss:
         logps = centre.logps(batch)
         tokens = batch.rollout.response_mask.sum().astype(jnp.float32)
+        compared = jnp.where(jnp.isfinite(bounds.balance), tokens, 0.0)
         return clipped_surrogate(
             surrogate_ratio(stats.logp, logps.logp),
             batch.advantages,
@@ -76,7 +77,7 @@ def bapo(
             metrics={
                 "bapo/clip_low": Mean(bounds.low * tokens, tokens),
                 "bapo/clip_high": Mean(bounds.high * tokens, tokens),
-                "bapo/balance": Mean(jnp.minimum(bounds.balance, 1e6) * tokens, tokens),
+                "bapo/balance": Mean(jnp.where(compared > 0, bounds.balance, 0) * tokens, compared),
             },
         )
 
