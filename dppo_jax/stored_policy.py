@@ -13,8 +13,10 @@ from dppo_jax.hf_exchange import ORIGIN, is_hf, load_model, read_hf
 from dppo_jax.initial_policy import InitialContext
 from dppo_jax.models.decoder import Model, Params
 from dppo_jax.models.hf_config import config_of
+from dppo_jax.prompts import templates
 from dppo_jax.prompts.examples import Example
 from dppo_jax.prompts.mixture import load_train
+from dppo_jax.prompts.templates import TemplatedTokenizer
 from dppo_jax.prompts.tokenizers import HuggingFaceTokenizer, Tokenizer
 from dppo_jax.sampling.generate import SamplingConfig
 
@@ -55,17 +57,27 @@ def of_run(recipe: Recipe, directory: Path, mesh: Mesh) -> StoredPolicy:
     return StoredPolicy(model, params, found["tokenizer"], found["sampling"])
 
 
-def of_folder(directory: Path, mesh: Mesh) -> StoredPolicy:
-    """A Hugging Face folder, or what `dppo import-hf` made of one."""
+def of_folder(directory: Path, mesh: Mesh, *, chat: bool = False) -> StoredPolicy:
+    """A Hugging Face folder, or what `dppo import-hf` made of one; asked in its chat template
+    where `chat` says so."""
+
+    def tokenizer_of(folder: Path) -> Tokenizer:
+        tokenizer = HuggingFaceTokenizer(folder)
+        if not chat:
+            return tokenizer
+        return TemplatedTokenizer(tokenizer, templates.chat(str(folder), user="{problem}"))
+
     if is_hf(directory):
+        tokenizer = tokenizer_of(directory)
         imported = read_hf(directory, mesh)
-        return StoredPolicy(imported.model, imported.params, HuggingFaceTokenizer(directory), None)
+        return StoredPolicy(imported.model, imported.params, tokenizer, None)
     origin = directory / ORIGIN
     if not is_hf(origin):
         raise ValueError(
             f"{directory} is no recipe (*.gin), run directory, Hugging Face folder, or what "
             "dppo import-hf wrote"
         )
+    tokenizer = tokenizer_of(origin)
     model = Model(config_of(str(origin)))
     params = load_model(directory, model, mesh)
-    return StoredPolicy(model, params, HuggingFaceTokenizer(origin), None)
+    return StoredPolicy(model, params, tokenizer, None)

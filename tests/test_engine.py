@@ -126,6 +126,63 @@ def test_nothing_compiles_after_the_warm_up(tiny, engine, mixed):
     assert engine.stats.compilations == before > 0
 
 
+DRAWS = 300
+SHAPED = {
+    "temperature": dict(temperature=0.6),
+    "top_k": dict(top_k=6),
+    "top_p": dict(top_p=0.6, temperature=0.5),
+    "min_p": dict(min_p=0.4, temperature=0.5),
+    "all of them": dict(top_k=12, top_p=0.8, min_p=0.1, temperature=0.5),
+    "bias": dict(logit_bias=((3, 3.0), (11, 2.0)), top_k=9),
+}
+
+
+def expected(logits, given):
+    """Hugging Face's order, by a sort: temperature, the k best, the nucleus, the least share."""
+    z = logits.astype(np.float64)
+    for token, bias in given.get("logit_bias", ()):
+        z[token] += bias
+    z /= given.get("temperature", 1.0)
+    best = np.argsort(-z, kind="stable")[: given.get("top_k") or len(z)]
+    p = np.exp(z[best] - z[best[0]])
+    p /= p.sum()
+    count = np.searchsorted(p.cumsum(), given.get("top_p", 1.0) - 1e-9) + 1
+    best, p = best[:count], p[:count]
+    kept = p >= given.get("min_p", 0.0) * p[0]
+    found = np.zeros(len(z))
+    found[best[kept]] = p[kept] / p[kept].sum()
+    return found
+
+
+def test_draws_have_the_distribution_that_was_asked_for(tiny, engine):
+    """First tokens of many samples through slots that unlike requests share: chi-square."""
+    asked = [
+        SamplingParams(max_new_tokens=1, n=DRAWS, seed=i, **given)
+        for i, given in enumerate(SHAPED.values())
+    ]
+    logits = plain_logits(*tiny, PROMPTS[0])[-1]
+    drawn = engine.generate(tiny[1], [PROMPTS[0]] * len(asked), asked)
+    for (name, given), samples in zip(SHAPED.items(), drawn, strict=True):
+        p = expected(logits, given)
+        tokens = np.array([sample.tokens[0] for sample in samples])
+        counts = np.bincount(tokens, minlength=len(p))
+        assert not counts[p == 0].any(), name
+        logp = np.array([sample.logp[0] for sample in samples])
+        np.testing.assert_allclose(logp, np.log(p[tokens]), atol=1e-4, err_msg=name)
+        order = np.argsort(-p)
+        common = order[DRAWS * p[order] >= 5]  # the others are one bin
+
+        def bins(x, common=common):
+            return np.array([*x[common], x.sum() - x[common].sum()])
+
+        seen, wanted = bins(counts), bins(DRAWS * p)
+        seen, wanted = (x[wanted > 1e-9] for x in (seen, wanted))
+        chi2 = ((seen - wanted) ** 2 / wanted).sum()
+        freedom = len(wanted) - 1
+        assert freedom >= 2, name
+        assert chi2 < freedom + 4 * (2 * freedom) ** 0.5, name  # four standard deviations
+
+
 def test_prompts_share_what_they_have_in_common(tiny, engine):
     """Samples of a prompt compute it once; a longer prompt computes only what is new."""
     start, sampling = [30, 29, 28, 27, 26, 25, 24, 23, 22], SamplingParams(max_new_tokens=2, n=2)

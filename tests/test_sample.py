@@ -90,6 +90,21 @@ def test_pieces_are_coloured_by_probability(capsys):
     assert styles == ["green", "dark_orange", "bold red"]
 
 
+def test_a_folder_is_asked_in_its_chat_template(dppo, folder):
+    """The same answer as to the template's text, written by hand."""
+    template = folder / "chat_template.jinja"
+    asked = ("sample", folder, "--temperature", 0, "--max-new-tokens", 6, "--json", "--logprobs")
+    template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<a>")
+    chat = dppo(*asked, "--prompt", "hello", "--chat")
+    template.unlink()
+    assert chat.status == 0, chat.err
+    by_hand, without = (
+        json.loads(dppo(*asked, "--prompt", text).out) for text in ("<user>hello<a>", "hello")
+    )
+    found = json.loads(chat.out)
+    assert found["samples"] == by_hand["samples"] != without["samples"]
+
+
 def test_stop_strings_and_greedy(dppo, folder):
     asked = ("sample", folder, "--prompt", "hello", "--temperature", 0, "--json")
     (plain,) = json.loads(dppo(*asked, "--max-new-tokens", 6).out)["samples"]
@@ -131,6 +146,8 @@ def test_a_piece_is_whole_characters(by_bytes):  # noqa: F811
         (["RUN", "--prompt", ""], "the prompt has no tokens"),
         (["RUN", "--prompt", "\udcff"], "the prompt is not valid UTF-8"),
         (["EMPTY"], "is no recipe (*.gin), run directory, Hugging Face folder"),
+        (["FOLDER", "--chat"], "holds no chat_template"),
+        (["RUN", "--chat"], "a recipe asks in its own template: leave --chat out"),
         (["FOLDER", "--gin.SEED=1"], "has no recipe that --gin.SEED=1 could change"),
     ],
 )

@@ -24,6 +24,11 @@ def add(verbs: Any) -> None:
         "import-hf wrote",
     )
     sample.add_argument("--prompt", required=True, help="the text, given to the tokenizer as it is")
+    sample.add_argument(
+        "--chat",
+        action="store_true",
+        help="ask in the chat template of the Hugging Face folder; a recipe uses its own always",
+    )
     sample.add_argument("-n", type=int, default=1, metavar="N", help="answers (default: 1)")
     sample.add_argument("--temperature", type=float, help="default: the recipe's, else 1")
     sample.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens")
@@ -91,13 +96,15 @@ def _open(options: argparse.Namespace, mesh: Any) -> Any:
 
     place = Path(options.policy).expanduser()
     overrides, _ = split_overrides(options.overrides)
+    recipe = place / "operative_config.gin"
+    if options.chat and (place.suffix == ".gin" or recipe.is_file()):
+        raise ValueError(f"{place}: a recipe asks in its own template: leave --chat out")
     if place.suffix == ".gin":
         return of_recipe(load_recipe(place, train, overrides, GIVEN), mesh)
     if not place.is_dir():
         raise FileNotFoundError(f"{place}: no such recipe, run or folder")
-    recipe = place / "operative_config.gin"
     if recipe.is_file():
         return of_run(load_recipe(recipe, train, overrides, GIVEN), place, mesh)
     if overrides:
         raise ValueError(f"{place} has no recipe that --gin.{overrides[0]} could change")
-    return of_folder(place, mesh)
+    return of_folder(place, mesh, chat=options.chat)
