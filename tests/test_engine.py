@@ -16,9 +16,11 @@ from dppo_jax.models.decoder import Model, full_forward
 from dppo_jax.models.llama2c import read_llama2c
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP
 from dppo_jax.sampling.engine import Engine, EngineConfig
+from dppo_jax.sampling.engine_inputs import Shape, empty_calls, prefill_calls
 from dppo_jax.sampling.paged_cache import restored, rounded
 from dppo_jax.sampling.pages import Pages
 from dppo_jax.sampling.requests import SamplingParams
+from dppo_jax.sampling.scheduler import Prefill, Prefilled
 
 CONFIG = EngineConfig(
     slots=3,
@@ -126,14 +128,13 @@ def test_nothing_compiles_after_the_warm_up(tiny, engine, mixed):
     assert engine.stats.compilations == before > 0
 
 
-DRAWS = 300
+DRAWS = 200
 SHAPED = {
-    "temperature": dict(temperature=0.6),
     "top_k": dict(top_k=6),
-    "top_p": dict(top_p=0.6, temperature=0.5),
-    "min_p": dict(min_p=0.4, temperature=0.5),
-    "all of them": dict(top_k=12, top_p=0.8, min_p=0.1, temperature=0.5),
-    "bias": dict(logit_bias=((3, 3.0), (11, 2.0)), top_k=9),
+    "top_p": dict(top_p=0.9, temperature=0.8),
+    "min_p": dict(min_p=0.05, temperature=1.5),
+    "all of them": dict(top_k=12, top_p=0.95, min_p=0.02, temperature=1.2),
+    "bias": dict(logit_bias=((3, 3.0), (11, 2.0)), temperature=1.5),
 }
 
 
@@ -319,6 +320,19 @@ def test_contradictions_are_one_line(tiny, change, says):
     with pytest.raises(ValueError, match=says) as error:
         Engine(tiny[0], dataclasses.replace(CONFIG, **change))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("waiting", "rows"), [(1, [1]), (3, [4]), (5, [16]), (17, [16, 1])])
+def test_few_prompts_do_not_pay_for_all_rows(waiting, rows):
+    config = EngineConfig(slots=16, max_context=32, prefill_buckets=(32,), prefill_tokens=512)
+    jobs = [
+        Prefill(0, np.array([5, i]), [], [i], Prefilled(2, [i]), samples=[]) for i in range(waiting)
+    ]
+    calls = list(prefill_calls(jobs, config, Shape(shards=1, pages=64, pages_a_sequence=2)))
+    assert [len(call.arrays["tokens"]) for call in calls] == rows
+    assert [job for call in calls for job in call.jobs.values()] == jobs
+    compiled = {len(call.arrays["tokens"]) for call in empty_calls(config, Shape(1, 64, 2))}
+    assert compiled == {1, 4, 16}
 
 
 SMALL = dataclasses.replace(CONFIG, slots=2, max_context=16, prefill_buckets=(16,))

@@ -115,10 +115,11 @@ def prefill_calls(jobs: Sequence[Prefill], c: EngineConfig, shape: Shape) -> Ite
         shards = kinds.setdefault((bucket, bool(job.prefix)), [[] for _ in range(shape.shards)])
         shards[job.shard].append(job)
     for (bucket, with_prefix), shards in kinds.items():
-        most = rows_of(bucket, c, shape)
+        sizes = row_counts(bucket, c, shape)
+        most = sizes[-1]
         for first in range(0, max(map(len, shards)), most):
             some = [same[first : first + most] for same in shards]
-            rows = most if max(map(len, some)) > 1 else 1  # of each shard
+            rows = next(size for size in sizes if size >= max(map(len, some)))  # of each shard
             placed = {
                 shard * rows + i: job
                 for shard, same in enumerate(some)
@@ -130,14 +131,18 @@ def prefill_calls(jobs: Sequence[Prefill], c: EngineConfig, shape: Shape) -> Ite
 def empty_calls(c: EngineConfig, shape: Shape) -> Iterator[Call]:
     """A call of every shape that `prefill_calls` makes, with nothing to compute."""
     for bucket in c.buckets:
-        for rows in sorted({1, rows_of(bucket, c, shape)}):
+        for rows in row_counts(bucket, c, shape):
             for with_prefix in sorted({False, c.prefix_cache}):
                 yield Call({}, _arrays({}, rows, bucket, with_prefix, c, shape))
 
 
-def rows_of(bucket: int, c: EngineConfig, shape: Shape) -> int:
-    """Prompts of each shard that one call takes at most."""
-    return max(1, min(c.slots, c.prefill_tokens // bucket) // shape.shards)
+def row_counts(bucket: int, c: EngineConfig, shape: Shape) -> list[int]:
+    """Prompts of each shard that one call may take: 1, 4, 16, ... and the most there is room for.
+
+    A call computes its empty rows too: few slots that are free do not pay for all of them.
+    """
+    most = max(1, min(c.slots, c.prefill_tokens // bucket) // shape.shards)
+    return [*(4**i for i in range(most) if 4**i < most), most]
 
 
 def _arrays(
