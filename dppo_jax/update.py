@@ -302,17 +302,26 @@ def make_update(
     if tokens_per_microbatch is None:
         return jitted
 
-    def packed_update(
+    return PackedUpdate(jitted, tokens_per_microbatch)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedUpdate:
+    """An update that plans its microbatches on the host; `program`, jitted, takes the plan too."""
+
+    program: Any
+    tokens_per_microbatch: int
+
+    def __call__(
+        self,
         state: TrainState,
         batch: Batch,
         rollout_params: Params | None = None,
         base: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
-        budget = packing.budget_of(tokens_per_microbatch, batch.rollout)
+        budget = packing.budget_of(self.tokens_per_microbatch, batch.rollout)
         of = packing.plan_of(batch.rollout, budget)
-        return jitted(state, batch, rollout_params, base, of)
-
-    return packed_update
+        return self.program(state, batch, rollout_params, base, of)
 
 
 def check_packing(objective: Objective, microbatches: int) -> None:

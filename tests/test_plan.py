@@ -67,6 +67,17 @@ ENTRY %main (a: f32[8,16], b: f32[16,32], c: f32[8], n: s32[]) -> f32[8,16] {
 }
 """
 
+INNER = """%y = f32[8]{0} get-tuple-element(%q), index=1
+  %in.3 = (s32[], f32[8]{0}) tuple(%j, %y)
+  %loop.3 = (s32[], f32[8]{0}) while(%in.3), condition=%condition.2, body=%body.3"""
+INNER_BODY = """
+%body.3 (r: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %r = (s32[], f32[8]{0}) parameter(0)
+  %z = f32[8]{0} get-tuple-element(%r), index=1
+  ROOT %exchanged = f32[8]{0} all-to-all(%z), replica_groups=[2,2]<=[4], dimensions={0}
+}
+"""
+
 
 def test_loops_products_and_transfers_by_hand():
     total, once = costs_of(BY_HAND, V5P, unknown_trips=3)
@@ -79,6 +90,12 @@ def test_loops_products_and_transfers_by_hand():
     assert (scattered.count, scattered.bytes) == (3, 3 * 4 * 8 / 2)
     assert (total.unknown_loops, once.unknown_loops) == (1, 0)
     assert total.sent == gathered.bytes + scattered.bytes
+    # A loop of unknown length within another one: the outer one's trips are told apart.
+    nested = BY_HAND.replace("%y = f32[8]{0} get-tuple-element(%q), index=1", INNER)
+    assert nested != BY_HAND
+    total_nested, _ = costs_of(nested + INNER_BODY, V5P, unknown_trips=3, outer_trips=7)
+    assert total_nested.collectives["reduce-scatter"].count == 7
+    assert total_nested.collectives["all-to-all"].count == 7 * 3
     slow = V5P._replace(link_bytes=1.0)
     assert total.roofline(slow) == total.sent  # transfers take longer than the work beside them
 
@@ -229,13 +246,17 @@ needed = plan_step(settings, card, ("update",)).programs[0].total
 small = dataclasses.replace(card, chip=card.chip._replace(hbm_bytes=0.5 * needed))
 plan = plan_step(settings, small, ("update",))
 found = [vars(each) | {"said": str(each)} for each in suggestions(plan)]
+packed = dataclasses.replace(settings, tokens_per_microbatch=16 * 23)
+packed = plan_step(packed, card, ("update",)).programs[0]
+packed = dict(flops=packed.flops, turns=packed.outer_trips)
 spreads = {chips: spread(settings, chips) for chips in (2, 8, 32)}
 try:
     spread(settings, 3)
 except ValueError as error:
     refused = str(error)
 sizes = {n: (s.microbatches, s.mesh.fsdp, s.mesh.sequence) for n, s in spreads.items()}
-print(json.dumps(dict(needed=needed, fits=plan.fits, found=found, sizes=sizes, refused=refused)))
+seen = dict(needed=needed, fits=plan.fits, found=found, sizes=sizes, refused=refused)
+print(json.dumps(seen | dict(packed=packed)))
 """
 
 
@@ -259,6 +280,25 @@ def test_changes_are_compiled_before_they_are_told():
         assert each["change"] in each["said"] and each["change"].startswith("--gin.")
     halved = next(each for each in tried["found"] if "microbatches=2" in each["change"])
     assert halved["programs"]["update"]["after"] < 0.8 * tried["needed"]
+    # 64 sequences of 8 + 15 cells, 16 rows at once, every one of them with its prompt.
+    assert tried["packed"]["turns"] == 4
+    least = 6 * 64 * 23 * 2 * 128 * (4 * 128 + 3 * 384)
+    assert least < tried["packed"]["flops"] < 1.3 * least
     # 8 prompts a gradient step: microbatches, fsdp, sequence.
     assert tried["sizes"] == {"2": [4, 2, 1], "8": [1, 8, 1], "32": [1, 8, 4]}
     assert "3 chips do not take 8 prompts" in tried["refused"]
+
+
+def test_a_run_takes_the_files_that_its_plan_took():
+    """--over of dppo train: here a mesh that one device does not have."""
+    command = [sys.executable, "-m", "dppo_jax", "train", "configs/recipes/arithmetic_cpu.gin"]
+    done = subprocess.run(
+        [*command, "--over", "configs/mesh/cpu8.gin"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        timeout=300,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "fsdp=4 x tensor=2 does not fit" in done.stderr and "Traceback" not in done.stderr

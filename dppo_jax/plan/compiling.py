@@ -27,6 +27,7 @@ class Compiled:
     name: str
     runs: int
     loop_trips: int
+    outer_trips: int | None
     hbm: float
     resident: float
     cache: float = 0.0
@@ -75,6 +76,7 @@ def compile_program(program: Program, topology: Topology) -> Compiled:
         program.name,
         program.runs,
         program.loop_trips,
+        program.outer_trips,
         chip.hbm_bytes,
         program.resident,
         program.cache,
@@ -105,7 +107,9 @@ def compile_program(program: Program, topology: Topology) -> Compiled:
 
 
 def _charge(result: Compiled, text: str, chip: Chip, optimal: float) -> None:
-    total, once = costs_of(text, chip, unknown_trips=result.loop_trips)
+    total, once = costs_of(
+        text, chip, unknown_trips=result.loop_trips, outer_trips=result.outer_trips
+    )
     result.flops, result.moved, result.sent = total.flops, total.bytes, total.sent
     result.collectives = {kind: asdict(moved) for kind, moved in sorted(total.collectives.items())}
     result.roofline_seconds = total.roofline(chip)

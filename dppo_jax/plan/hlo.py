@@ -61,13 +61,16 @@ class Costs:
         return max(self.seconds, self.sent / chip.link_bytes)
 
 
-def costs_of(text: str, chip: Chip, *, unknown_trips: int = 1) -> tuple[Costs, Costs]:
+def costs_of(
+    text: str, chip: Chip, *, unknown_trips: int = 1, outer_trips: int | None = None
+) -> tuple[Costs, Costs]:
     """Costs of the program (each loop as often as it runs), and with each loop's body once.
 
-    A loop whose trips are not in the program counts `unknown_trips`.
+    A loop whose trips are not in the program counts `unknown_trips`, one that has such a loop
+    inside `outer_trips`, where that is told.
     """
     module = _Module(text, chip)
-    return module.total(unknown_trips), module.once()
+    return module.total(unknown_trips, outer_trips or unknown_trips), module.once()
 
 
 class _Module:
@@ -75,11 +78,12 @@ class _Module:
         self._chip = chip
         self._computations, self._entry = parse(text)
         self._loops_once = False
-        self._unknown_trips = 1
+        self._unknown_trips = self._outer_trips = 1
         self._known: dict[str, Costs] = {}
 
-    def total(self, unknown_trips: int) -> Costs:
-        self._known, self._loops_once, self._unknown_trips = {}, False, unknown_trips
+    def total(self, unknown_trips: int, outer_trips: int) -> Costs:
+        self._known, self._loops_once = {}, False
+        self._unknown_trips, self._outer_trips = unknown_trips, outer_trips
         return self._of(self._entry)
 
     def once(self) -> Costs:
@@ -102,8 +106,8 @@ class _Module:
             body.add(self._of(called(i, "body")[0]))
             trips = 1.0 if self._loops_once else self._trips(i, around)
             if trips is None:
+                trips = float(self._outer_trips if body.unknown_loops else self._unknown_trips)
                 body.unknown_loops += 1
-                trips = float(self._unknown_trips)
             return body, trips
         if i.opcode == "conditional":
             names = called(i, "branch_computations|true_computation|false_computation")

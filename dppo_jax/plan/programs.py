@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dppo_jax import packing
 from dppo_jax.advantages import Estimator
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
 from dppo_jax.critic import ValueHead, ValueModel
@@ -29,7 +31,7 @@ from dppo_jax.rollout_policy import RolloutPolicy
 from dppo_jax.sampling import generate
 from dppo_jax.sampling.rollouts import MakeRollouts
 from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of, spec_of
-from dppo_jax.update import make_update
+from dppo_jax.update import PackedUpdate, make_update
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Settings:
     max_prompt_tokens: int
     minibatches: int
     microbatches: int
+    tokens_per_microbatch: int | None
     rollout_batches: int
     exact_divergence_every: int
 
@@ -82,6 +85,7 @@ class Program:
     keywords: Mapping[str, Any] = field(default_factory=dict)
     runs: int = 1  # a step
     loop_trips: int = 1  # at the most, of a loop whose length depends on data
+    outer_trips: int | None = None  # of such a loop around another one
     cache: float = 0.0  # bytes a device of keys and values, among its temporaries
 
 
@@ -339,6 +343,7 @@ class Step:
             self.critic,
             temperature=s.sampling.temperature,
             microbatches=s.microbatches,
+            tokens_per_microbatch=s.tokens_per_microbatch,
         )
         batch_of, given = self._batch_of()
         batch, _ = jax.eval_shape(batch_of, *given)
@@ -348,17 +353,30 @@ class Step:
             return self._array(shape, leaf.dtype, self._rows)
 
         whole, minibatch = laid_out(batch, self._rows), jax.tree.map(part, batch)
-        tokens = minibatch.rollout.response_tokens.shape
+        arguments = [self.state, minibatch, self.sampled_with if self.exact else None, self.base]
+        tokens, microbatches = math.prod(minibatch.rollout.response_tokens.shape), s.microbatches
+        if isinstance(function, PackedUpdate):
+            function, (plan, tokens) = function.program, self._packed(minibatch.rollout)
+            microbatches = len(plan.sequences)
+            arguments.append(laid_out(jax.eval_shape(lambda: plan), self._whole))
         split = spec_of(("tokens",), self.mesh, "compute")
-        local = math.prod(tokens) // s.microbatches
-        (local,) = NamedSharding(self.mesh, split).shard_shape((local,))
+        local = NamedSharding(self.mesh, split).shard_shape((tokens // microbatches,))[0]
         waiting = bytes_of(whole) + self._referred
         return Program(
             "update",
             function,
-            (self.state, minibatch, self.sampled_with if self.exact else None, self.base),
+            tuple(arguments),
             waiting + (0.0 if self.exact else self._kept),
             runs=s.minibatches,
             # Chunks of the head's single pass, as many as there are when no token is left out.
             loop_trips=-(-local // chunk_tokens(local)),
+            outer_trips=None if s.tokens_per_microbatch is None else microbatches,
         )
+
+    def _packed(self, rollout: Rollout) -> tuple[packing.Plan, int]:
+        """Where the sequences of a gradient step go if none ends early, and how many cells."""
+        with jax.set_mesh(self.mesh):
+            budget = packing.budget_of(self.settings.tokens_per_microbatch or 0, rollout)
+        longest = np.full(len(rollout.response_tokens), budget.columns)
+        plan = packing.plan(longest, budget)
+        return plan, len(plan.sequences) * budget.rows * budget.columns

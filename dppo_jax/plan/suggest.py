@@ -55,7 +55,10 @@ def _changes(plan: StepPlan, failed: set[str]) -> Iterator[tuple[str, Settings]]
     if trains and not s.model.remat:
         model = dataclasses.replace(s.model, remat=True)
         yield changed("decoder.DecoderConfig.remat", True, model=model)
-    if trains:
+    if trains and s.tokens_per_microbatch is not None:
+        half = s.tokens_per_microbatch // 2
+        yield changed("train.train.tokens_per_microbatch", half, tokens_per_microbatch=half)
+    elif trains:
         twice = 2 * s.microbatches
         yield changed("train.train.microbatches", twice, microbatches=twice)
     if samples:

@@ -22,6 +22,9 @@ def add(verbs: Any) -> None:
     )
     train.add_argument("recipe", help="a .gin file")
     train.add_argument("--workdir", help="run directory (default: runs/RECIPE-DATE)")
+    train.add_argument(
+        "--over", nargs="+", default=[], metavar="GIN", help="files laid over the recipe"
+    )
     add_hosts(train)
 
     ablate = add_verb(
@@ -77,7 +80,7 @@ def _train(options: argparse.Namespace) -> None:
     from dppo_jax.verbs.evaluation import with_interval
 
     overrides, _ = split_overrides(options.overrides)
-    recipe = load_recipe(options.recipe, train, overrides, GIVEN)
+    recipe = load_recipe(options.recipe, train, overrides, GIVEN, options.over)
     workdir = _workdir(options, recipe.path.stem, recipe.config_text())
     _refuse_other_run(recipe, workdir)
     check_shared(workdir)
