@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TESTS = Path(__file__).parent.parent
-SECONDS = 240  # the machine may be busy
+SECONDS = 600  # the machine may be busy
 
 
 class Ended(NamedTuple):
