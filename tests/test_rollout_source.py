@@ -25,6 +25,7 @@ include "{toy}"
 train.train.verifier = @toy_rewards.begins_even
 train.train.rollout_batches = 2
 train.train.dynamic_sampling = @dynamic_sampling.DynamicSampling()
+DATA_DIR = "{data}"
 """
 
 
@@ -63,7 +64,7 @@ def test_an_engine_elsewhere_trains_the_same_policy(dppo, toy_recipe, tmp_path):
 def dynamic(dppo, toy_recipe, tmp_path_factory):
     """A recipe with dynamic sampling over divided steps, and a finished run of it."""
     folder = tmp_path_factory.mktemp("dynamic")
-    (folder / "dynamic.gin").write_text(DYNAMIC.format(toy=toy_recipe))
+    (folder / "dynamic.gin").write_text(DYNAMIC.format(toy=toy_recipe, data=folder / "data"))
     done = dppo("train", folder / "dynamic.gin", "--workdir", folder / "run")
     assert done.status == 0 and "recompiled" not in done.out, done.err
     return folder
