@@ -269,6 +269,12 @@ def test_bombs_end_within_the_limit_and_are_never_right():
         assert after.score == 1
 
 
+@pytest.mark.parametrize("sign", ["{", "(", "*["])
+def test_a_million_signs_do_not_hold_up_a_choice(sign):
+    """This verifier runs in the run's own process: no limit would end it."""
+    assert multiple_choice(Example("q", "", "C", ""), sign * 200_000, True).score == 0
+
+
 LATEX = st.text(st.sampled_from("{}()[]\\$^_0123456789.,+-*/= xfrac\n\x00")) | st.lists(
     st.sampled_from(
         r"\frac \boxed{ } { $ \sqrt ^ 9 x #### \left( answer : \text{ & \\ % = < \pm".split()

@@ -71,7 +71,9 @@ def chosen_letter(text: str, letters: str) -> str | None:
     alone, first, after_answer = _letter_patterns(letters)
     found = find_answer(text, ("boxed",))
     piece = (found.text if found else text).strip()
-    if bare := re.fullmatch(r"[({\[*\s]*(?:\\text\{)?[({\[*\s]*([a-zA-Z])[)}\]*.\s]*", piece):
+    # Bounded: two runs of the same signs side by side take quadratic time to fail.
+    marks = r"[({\[*\s]{0,9}"
+    if bare := re.fullmatch(marks + r"(?:\\text\{)?" + marks + r"([a-zA-Z])[)}\]*.\s]*", piece):
         return bare[1].upper() if bare[1].upper() in letters else None
     for pattern, last in ((after_answer, True), (first, False), (alone, True)):
         matches = [match[1] for match in pattern.finditer(piece)]
