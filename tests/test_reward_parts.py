@@ -139,7 +139,7 @@ def test_weighted_adds_and_keeps_its_parts():
 def test_weighted_runs_where_its_strictest_part_must():
     slow = in_worker(numeric_answer, seconds=2.0, memory_mb=100)
     reward = weighted({"right": math_answer, "also": slow, "form": format_match})
-    assert reward.isolate == Limits(3.0, 20.0, 2048)
+    assert reward.isolate == Limits(3.0, 15.0, 2048)
     verdicts = grade(reward, [example("42")] * 2, ["\\boxed{42}", "41"], [True] * 2)
     assert [dict(v.parts) for v in verdicts] == [
         {"right": 1, "also": 1, "form": 0}, {"right": 0, "also": 0, "form": 0}
