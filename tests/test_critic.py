@@ -191,7 +191,7 @@ def test_a_run_with_every_term(run):
     assert duals[0] != 0.04 and len(set(duals)) == len(duals)  # moved once a gradient step
     # the policy is its own reference at first, and moves away from it
     assert written[0]["reward/penalty"] == pytest.approx(0, abs=1e-5)
-    assert abs(written[-1]["reward/penalty"]) > 1e-3 and written[-1]["loss/kl_ref"] > 1e-5
+    assert abs(written[-1]["reward/penalty"]) > 1e-4 and written[-1]["loss/kl_ref"] > 1e-5
     assert [line["time/compilations"] for line in written][1:] == [0] * 3
     assert (run / "reference").is_dir()
 

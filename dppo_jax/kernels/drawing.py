@@ -159,12 +159,11 @@ def draw(
     e = jnp.exp(below)
     total = columns.sum(jnp.sum(e, axis=1))
     log_total = jnp.log(total)
-    # The most likely token, the first of equals: what numbers of 0 draw from among them.
-    weights = jnp.where(greedy[:, None], (below >= 0).astype(e.dtype), e)
-    zeros = jax.tree.map(lambda u: jnp.where(greedy, 0.0, u), numbers)
-    token = inverse_cdf(weights, zeros, columns)
+    # Not where `below` is 0: a compiler that fuses the difference may leave it nowhere so.
+    topk, topk_ids = columns.top(below, max(1, top_k_capture))
+    token = jnp.where(greedy, topk_ids[:, 0], inverse_cdf(e, numbers, columns))
+    topk, topk_ids = topk[:, :top_k_capture], topk_ids[:, :top_k_capture]
     logp = columns.value_at(below, token) - log_total
-    topk, topk_ids = columns.top(below, top_k_capture)
     spread = columns.sum(jnp.sum(jnp.where(e > 0, e * below, 0.0), axis=1))
     drawn = Drawn(token, logp, topk_ids, topk - log_total[:, None], log_total - spread / total)
     if not replay:
