@@ -38,14 +38,14 @@ def check(found: dict, layers: int) -> None:
     assert found["decode"]["kernels"] == layers  # one ragged paged attention in each
     floor = sum(found["floor"].values())
     # A vocabulary's tile may stay on the chip; compile_engine.py says what is counted beside it.
-    assert 0.9 * floor < found["decode"]["step_bytes"] < MOST * floor
+    # The head reads its matrix whole along D, twice what the floor has, and its logits several
+    # times: most of what a model of one layer reads.
+    most = 3.2 if layers == 1 else 2.5
+    assert 0.9 * floor < found["decode"]["step_bytes"] < most * floor
     # The top-20 candidates of 8 shards of the vocabulary, for 128 slots: never their logits.
     assert 0 < found["decode"]["gathered"] <= 128 * 8 * 20
     for program in {"decode", "prefill"} & set(found):
         assert found[program]["bytes_a_chip"] < chip.hbm_bytes
-
-
-MOST = 2.5  # times the floor
 
 
 def test_decoding_of_one_layer_fits():
