@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dppo_jax.kernels.columns import Columns
@@ -159,14 +160,24 @@ def draw(
     e = jnp.exp(below)
     total = columns.sum(jnp.sum(e, axis=1))
     log_total = jnp.log(total)
-    # Not where `below` is 0: a compiler that fuses the difference may leave it nowhere so.
-    topk, topk_ids = columns.top(below, max(1, top_k_capture))
-    token = jnp.where(greedy, topk_ids[:, 0], inverse_cdf(e, numbers, columns))
-    topk, topk_ids = topk[:, :top_k_capture], topk_ids[:, :top_k_capture]
+
+    def most_likely() -> Int[Array, " B"]:
+        # Not where `below` is 0: a compiler that fuses the difference may leave it nowhere so. Nor
+        # the first of the top K, whose reading beside them makes XLA sort whole rows on a CPU.
+        return columns.top(below, 1)[1][:, 0]
+
+    if isinstance(temperature, int | float):
+        token = inverse_cdf(e, numbers, columns) if temperature else most_likely()
+    else:
+        drawn = inverse_cdf(e, numbers, columns)
+        token = lax.cond(
+            columns.any(greedy), lambda: jnp.where(greedy, most_likely(), drawn), lambda: drawn
+        )
     logp = columns.value_at(below, token) - log_total
+    topk, topk_ids = columns.top(below, top_k_capture)
     spread = columns.sum(jnp.sum(jnp.where(e > 0, e * below, 0.0), axis=1))
-    drawn = Drawn(token, logp, topk_ids, topk - log_total[:, None], log_total - spread / total)
+    out = Drawn(token, logp, topk_ids, topk - log_total[:, None], log_total - spread / total)
     if not replay:
-        return drawn
-    kept = jnp.sum(drawn.topk_logp > -jnp.inf, axis=1, dtype=jnp.int32)
-    return drawn._replace(kept_count=jnp.where(filters.on, kept, 0))
+        return out
+    kept = jnp.sum(out.topk_logp > -jnp.inf, axis=1, dtype=jnp.int32)
+    return out._replace(kept_count=jnp.where(filters.on, kept, 0))
