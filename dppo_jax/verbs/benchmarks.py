@@ -36,8 +36,8 @@ def add(verbs: Any) -> None:
         "--data",
         type=int,
         default=0,
-        help="how many copies of the parameters share the batch (default: 2 on a CPU, as two "
-        "devices of half its cores each; else 1, split over all devices)",
+        help="how many copies of the parameters share the batch (default: 2 on a CPU, made two "
+        "devices; else 1, split over all devices)",
     )
 
     head = add_verb(
@@ -97,7 +97,7 @@ def _bench_sample(options: argparse.Namespace) -> None:
 
 
 def _bench_step(options: argparse.Namespace) -> None:
-    # XLA runs much of a CPU program on one core a device: with two, sampling is a quarter faster.
+    # What XLA runs on one core of a CPU in decoding, two devices do side by side.
     command.start_jax(cpu_devices=options.data or 2)
     from dppo_jax.bench import bench_step, show_step
 
