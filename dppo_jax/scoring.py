@@ -17,7 +17,7 @@ from dppo_jax.models.packed import packed_states
 from dppo_jax.records import Batch, Max, Mean, Metrics, Rollout, TokenLocal, TokenStats
 from dppo_jax.sharding import flatten_tokens, head_layout
 
-# (bound decoder, the flat hidden states that `token_states` gives, the rollout) -> fields of TokenStats
+# (bound decoder, the flat states of `token_states`, the rollout) -> fields of TokenStats
 Also = Callable[[Decoder, Float[Array, "N D"], Rollout], dict[str, Array]]
 
 
