@@ -121,13 +121,13 @@ def run_layers(
     attend: Attend,
     replayed: Int[Array, "P N layers k"] | None = None,
     real: Bool[Array, "P N"] | None = None,
+    longest: int | None = None,
 ):
     """Hidden states [P, N, D] after the final norm, keys, values [layers, P, N, Hkv, d], the
     experts that the routers choose [P, N, layers, k] (`replayed` ones take their place), and their
-    load by the `real` tokens."""
+    load by the `real` tokens. Positions are below `longest`, or a row's columns."""
     c = decoder.config
-    # No position exceeds the columns of a row.
-    tables = rope_tables(c, tokens.shape[1])
+    tables = rope_tables(c, longest or tokens.shape[1])
     flat = flatten_tokens(positions)
     ropes = [(cos[flat], sin[flat]) for cos, sin in tables]
     graphdef, stacked = nnx.split(decoder.blocks)
@@ -263,13 +263,10 @@ def response_states(
         theirs = replayed.response[:, :-1]
         theirs = theirs.reshape(prompts, samples * fed, *theirs.shape[2:])
         experts = jnp.concatenate([replayed.prompt, theirs], axis=1)
+    tokens = jnp.concatenate([prompt_tokens, fed_tokens], axis=1)
+    positions = jnp.concatenate([positions_of(prompt_mask), fed_positions], axis=1)
     hidden, _, native, load = run_layers(
-        decoder,
-        jnp.concatenate([prompt_tokens, fed_tokens], axis=1),
-        jnp.concatenate([positions_of(prompt_mask), fed_positions], axis=1),
-        attend,
-        experts,
-        whole_mask,
+        decoder, tokens, positions, attend, experts, whole_mask, length + new
     )
     first = jnp.repeat(hidden[:, length - 1], samples, axis=0)
     states = jnp.concatenate([first[:, None], hidden[:, length:].reshape(batch, fed, -1)], axis=1)
@@ -337,6 +334,7 @@ def _split_response_states(
         attend,
         experts,
         rows(prompt_mask, fed_mask.at[:, :, 0].set(False)),  # the prompt's last counts once
+        length + new,
     )
     states = constrain(apart(hidden)[1], "batch", "columns", None)
     if native is None:

@@ -6,6 +6,9 @@ seen so far is its running maximum, sum and output (Liu et al., arXiv 2310.01889
 the softmax of Dao et al., arXiv 2205.14135). The backward pass goes around once more, with the
 gradients of keys and values travelling beside them, and makes the scores again: none is kept.
 
+The steps are a loop, compiled once however many devices there are. What is passed on depends on no
+product of its step, so that it travels meanwhile; the last time it brings keys home in vain.
+
 Differs from the paper: columns are split in order, so that of causal attention the device with the
 last ones computes the most, and steps that see only the future are computed and masked.
 """
@@ -121,7 +124,9 @@ def _passed_on(arrays):
     return jax.tree.map(lambda x: lax.ppermute(x, AXIS, ring), arrays)
 
 
-def _bias(mask: Bool[Array, "p g T"], step: int, length: int, window: Int[Array, ""]) -> Array:
+def _bias(
+    mask: Bool[Array, "p g T"], step: Int[Array, ""], length: int, window: Int[Array, ""]
+) -> Array:
     """Of this device's queries against the keys that have come to it after `step` steps."""
     here = lax.axis_index(AXIS)
     source = (here - step) % lax.axis_size(AXIS)
@@ -151,13 +156,13 @@ def ring_attention(
 
 
 def _ring_forward(q, k, v, prefix, mask, window, soft_cap):
-    seen = _look(q, prefix, soft_cap, None)
-    passing = (k, v)
-    for step in range(lax.axis_size(AXIS)):
-        if step:
-            passing = _passed_on(passing)
-        keys = Keys(*passing, _bias(mask, step, q.shape[4], window))
-        seen = _look(q, keys, soft_cap, seen)
+    def visit(step, carry):
+        seen, (k, v) = carry
+        keys = Keys(k, v, _bias(mask, step, q.shape[4], window))
+        return _look(q, keys, soft_cap, seen), _passed_on((k, v))
+
+    first = _look(q, prefix, soft_cap, None), (k, v)
+    seen, _ = lax.fori_loop(0, lax.axis_size(AXIS), visit, first)
     out = (seen.out / seen.total).astype(q.dtype)
     return out, (q, k, v, prefix, mask, window, out, seen.highest + jnp.log(seen.total))
 
@@ -165,15 +170,17 @@ def _ring_forward(q, k, v, prefix, mask, window, soft_cap):
 def _ring_backward(soft_cap, saved, d_out):
     q, k, v, prefix, mask, window, out, lse = saved
     row = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
-    d_q, *d_prefix = _gradients(q, prefix, soft_cap, d_out, lse, row)
-    passing, d_passing = (k, v), (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    for step in range(lax.axis_size(AXIS)):
-        if step:
-            passing, d_passing = _passed_on((passing, d_passing))
-        keys = Keys(*passing, _bias(mask, step, q.shape[4], window))
+
+    def visit(step, carry):
+        d_q, (k, v), d_before = carry  # of the keys that were here a step ago
+        keys = Keys(k, v, _bias(mask, step, q.shape[4], window))
         more_q, *more = _gradients(q, keys, soft_cap, d_out, lse, row)
-        d_q += more_q
-        d_passing = d_passing[0] + more[0], d_passing[1] + more[1]
+        d_passing = jax.tree.map(jnp.add, _passed_on(d_before), tuple(more))
+        return d_q + more_q, _passed_on((k, v)), d_passing
+
+    d_q, *d_prefix = _gradients(q, prefix, soft_cap, d_out, lse, row)
+    nothing = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    d_q, _, d_passing = lax.fori_loop(0, lax.axis_size(AXIS), visit, (d_q, (k, v), nothing))
     d_k, d_v = _passed_on(d_passing)  # home
     dtype = q.dtype
     d_prefix_k, d_prefix_v = (d.astype(dtype) for d in d_prefix)
