@@ -22,7 +22,7 @@ from dppo_jax.prompts.mixture import Dataset
 from dppo_jax.prompts.pipeline import PromptBatch, TooLong, evaluation_batches
 from dppo_jax.prompts.store import load
 from dppo_jax.prompts.tokenizers import Tokenizer
-from dppo_jax.rewards.verdicts import Verifier
+from dppo_jax.rewards.verdicts import Verifier, check_examples
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sampling.rollouts import MakeRollouts, RolloutContext, RolloutSource
 from dppo_jax.sharding import MeshConfig, check_divides
@@ -95,6 +95,7 @@ class Evaluator:
         self._max_prompt_tokens, self._too_long = max_prompt_tokens, too_long
         self._sets: dict[str, EvalSet] = {}
         self.held_out: dict[str, list[Example]] = {}
+        self.unfit: list[str] = []  # of sets with answers that their verifiers cannot use, a line
         for each in sets:
             name = each.name or each.dataset
             if name in self._sets:
@@ -114,6 +115,8 @@ class Evaluator:
                 prompts_per_batch=batch,
             )
             self.held_out[name] = _first(each, data_dir)
+            judge = each.verifier or verifier
+            self.unfit += check_examples(judge, self.held_out[name], name)
 
     def __call__(self, params: Params) -> Evaluated:
         """Answers to every problem of every set, graded."""

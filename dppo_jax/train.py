@@ -45,8 +45,8 @@ from dppo_jax.models.lora import LoraConfig
 from dppo_jax.multihost import is_writer, row_share
 from dppo_jax.partial_rollouts import PartialCollector, PartialRollouts, check_partial
 from dppo_jax.preflight import check_needs, check_routing, check_sizes, write_files
-from dppo_jax.prompts import overlap as overlaps
 from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
+from dppo_jax.prompts.overlap import Policy, check_overlap
 from dppo_jax.prompts.pipeline import PromptIterator, TooLong
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Objective, TrainState
@@ -78,7 +78,7 @@ def train(
     max_prompt_tokens: int,
     too_long: TooLong = "error",
     curriculum: Curriculum | None = None,
-    overlap: overlaps.Policy = "warn",
+    overlap: Policy = "warn",
     minibatches: int = 1,
     microbatches: int = 1,
     tokens_per_microbatch: int | None = None,
@@ -158,7 +158,7 @@ def train(
     )
     with first_process_first("data"):  # which may prepare a set of it
         problems = load_train(dataset, data_dir)
-        check_examples(verifier, [problems[i] for i in range(min(100, len(problems)))])
+        unfit = check_examples(verifier, problems, "the training set")
         evaluate = Evaluator(
             source,
             eval_sets_or_default(eval_sets, dataset, eval_split, eval_prompts),
@@ -173,7 +173,7 @@ def train(
             too_long=too_long,
             seed=seed,
         )
-    for line in overlaps.check_overlap(problems, evaluate.held_out, overlap):
+    for line in unfit + evaluate.unfit + check_overlap(problems, evaluate.held_out, overlap):
         console.say(f"warning: {line}")
     prompts = PromptIterator(
         problems,

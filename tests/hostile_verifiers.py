@@ -1,6 +1,7 @@
 """Verifiers that do what the response tells them to: the worst that a user's code could."""
 
 import ctypes
+import gc
 import os
 import signal
 import subprocess
@@ -69,3 +70,9 @@ def works_a_little(example: Example, response: str, finished: bool) -> Verdict:
     while time.process_time() < end:
         pass
     return Verdict(1.0, None, "done")
+
+
+@isolated(Limits())
+def counts_frozen(example: Example, response: str, finished: bool) -> Verdict:
+    """How many objects the collector of its process leaves alone."""
+    return Verdict(float(gc.get_freeze_count()), None, "counted")

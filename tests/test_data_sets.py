@@ -60,7 +60,7 @@ WRAPPED = (
 )  # fmt: skip
 def test_rows_of_every_set(tmp_path, name, file, row, expected):
     jsonl(tmp_path / file, row)
-    splits, dropped = read_public(name, tmp_path)
+    splits, dropped, _ = read_public(name, tmp_path)
     assert splits == {expected.id.split("-")[0]: [expected]} and not dropped
     assert read_public(name, tmp_path / file)[0] == splits  # the file alone
 
@@ -96,7 +96,8 @@ real = functools.cache(read_public)
     ],
 )  # fmt: skip
 def test_the_real_files(shared_data, name, folder, sizes, dropped):
-    splits, left_out = real(name, shared_data / folder)
+    splits, left_out, unfit = real(name, shared_data / folder)
+    assert len(unfit) == left_out.get("train", {}).get("no answer", 0)
     assert {split: len(rows) for split, rows in splits.items()} == sizes and left_out == dropped
     for rows in splits.values():
         assert len({row.prompt for row in rows}) == len({row.id for row in rows}) == len(rows)
@@ -145,7 +146,8 @@ def test_what_is_left_out_is_counted(tmp_path):
     rows += [row("p0 ", "1"), row("p1", "2"), row("p2", None), row("p3", " ")]
     jsonl(tmp_path / "train.jsonl", *rows)
     jsonl(tmp_path / "test.jsonl", row("p5", "1"))
-    splits, dropped = read_public("math", tmp_path)
+    splits, dropped, unfit = read_public("math", tmp_path)
+    assert unfit == {"train-203": "no answer", "train-204": "no answer"}
     assert dropped == {
         "train": {"no answer": 2, "contradicting answers": 2, "also in test": 1, "duplicate": 1}
     }
@@ -183,7 +185,11 @@ def test_your_own_file_in_every_format(tmp_path, ending):
         ("m.jsonl", b'{"q": ["Q"], "meta": {"gold": 1}}', "line 1: field 'q' is \\['Q'\\]"),
         ("m.jsonl", b'{"q": "Q", "meta": {"gold": [1]}}', "'meta.gold' is a list"),
         ("m.jsonl", b'\n{"q": ', "line 2: not JSON"),
-        ("m.jsonl", b'{"q": "Q", "meta": {"gold": null}}', "1 of 1 rows have no answer.*train-1"),
+        (
+            "m.jsonl",
+            b'{"q": "Q", "meta": {"gold": null}}',
+            "1 of 1 problems have no answer.*train-1",
+        ),
         ("m.json", b'{"q": 1}', "a JSON dict, not a list"),
         ("m.json", b"[1]", "row 1: a JSON int"),
         ("m.json", b"[]", "holds no rows"),
@@ -207,6 +213,7 @@ def test_the_command_prepares_your_own_rows(dppo, tmp_path):
     flags = ("--jsonl", tmp_path / "q.jsonl", "--prompt-field", "q", "--data-dir", tmp_path)
     done = dppo("data", "prepare", "mine", *flags, "--answer-field", "meta.gold", "--json")
     assert json.loads(done.out)["dropped"] == {"train": {"duplicate": 1}}
+    assert json.loads(done.out)["unfit"] == {}
     done = dppo("data", "prepare", "mine", *flags, "--answer-field", "meta.gold")
     assert done.out.splitlines()[0].endswith("train 1 (already there)")
     assert done.out.splitlines()[1] == "left out of train: 1 duplicate"
@@ -219,6 +226,30 @@ def test_the_command_prepares_your_own_rows(dppo, tmp_path):
     ]:
         done = dppo("data", "prepare", *arguments)
         assert done.status == 2 and message in done.err
+
+
+def test_answers_that_a_verifier_cannot_judge_are_counted_and_listed(dppo, tmp_path):
+    rows = [{"q": f"q{n}", "a": n} for n in range(1200)]
+    for n in range(11):
+        rows[n]["a"] = "seven"
+    rows.append({"q": "last", "a": " "})
+    flags = ("--jsonl", jsonl(tmp_path / "q.jsonl", *rows), "--prompt-field", "q", "--answer-field",
+             "a", "--data-dir", tmp_path)  # fmt: skip
+    done = dppo("data", "prepare", "mine", *flags, "--verifier", "numeric_answer")
+    assert done.out.splitlines()[0].endswith("train 1189")
+    assert done.out.splitlines()[1:] == [
+        "left out of train: 1 no answer, 11 unfit answer",
+        "  train-1201: no answer",
+        *(f"  train-{n}: answer 'seven' is not a number" for n in range(1, 10)),
+        "  and 2 more; --json lists all",
+    ]
+    jsonl(tmp_path / "q.jsonl", *rows[:500])
+    done = dppo("data", "prepare", "mine", *flags, "--verifier", "numeric_answer")
+    assert done.status == 2 and re.search(
+        r"q.jsonl: 11 of 500 problems have no answer that can be used: train-1 \(answer 'seven' is"
+        r" not a number\); .*; remove them, or name the field and verifier that fit$", done.err
+    )  # fmt: skip
+    assert dppo("data", "prepare", "mine", *flags, "--verifier", "numeric").status == 2
 
 
 @pytest.fixture

@@ -120,6 +120,13 @@ def test_one_percent_of_hangs_costs_one_percent_of_the_answers():
     assert len({v.extracted for v in verdicts if not v.failure}) >= 3
 
 
+def test_workers_do_not_collect_what_they_share():
+    """A collection of all that the algebra loads would take a third of a task's limit."""
+    with Pool(1) as pool:
+        (verdict,) = judged(pool, [""], hostile_verifiers.counts_frozen)
+    assert verdict.score > 1000
+
+
 def test_the_shared_pool_is_chosen_by_declaration(caplog):
     assert declared(hostile_verifiers.obedient, "isolate") == Limits(0.3, 1.5, 200)
     assert declared(numeric_answer, "isolate") is None

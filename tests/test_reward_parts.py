@@ -139,7 +139,7 @@ def test_weighted_adds_and_keeps_its_parts():
 def test_weighted_runs_where_its_strictest_part_must():
     slow = in_worker(numeric_answer, seconds=2.0, memory_mb=100)
     reward = weighted({"right": math_answer, "also": slow, "form": format_match})
-    assert reward.isolate == Limits(3.0, 15.0, 2048)
+    assert reward.isolate == Limits(2.3, 15.0, 2048)
     verdicts = grade(reward, [example("42")] * 2, ["\\boxed{42}", "41"], [True] * 2)
     assert [dict(v.parts) for v in verdicts] == [
         {"right": 1, "also": 1, "form": 0}, {"right": 0, "also": 0, "form": 0}
@@ -160,11 +160,16 @@ def test_weights_that_make_no_sense(parts, weights, message):
         weighted(parts, weights)
 
 
-def test_check_examples_allows_a_small_share():
-    good, bad = example("42"), example("forty-two")
-    check_examples(numeric_answer, [good] * 19 + [bad])
-    with pytest.raises(ValueError, match="cannot judge 2 of the first 20 examples, such as q "):
-        check_examples(numeric_answer, [good] * 18 + [bad] * 2)
+def test_check_examples_allows_a_small_share_and_names_it():
+    rows = [example("42")._replace(id=str(n)) for n in range(2000)]
+    assert check_examples(numeric_answer, rows, "mine") == []
+    for n in (0, 1, 1998):  # of which every other row is looked at
+        rows[n] = rows[n]._replace(answer="forty-two")
+    (line,) = check_examples(numeric_answer, rows, "mine")
+    assert line.startswith("the verifier cannot judge 2 of 1000 examples of mine, such as 0 (")
+    assert "; 1998 (answer 'forty-two' is not a number): what is" in line
+    with pytest.raises(ValueError, match="cannot judge 2 of 20 examples of mine, .*: choose a ver"):
+        check_examples(numeric_answer, rows[100:118] + rows[:2], "mine")
 
 
 @given(st.text())

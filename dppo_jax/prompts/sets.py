@@ -17,8 +17,18 @@ from dppo_jax.prompts.sources import TRAIN_AND_TEST, public_files, split_files
 
 Splits = dict[str, list[Example]]
 Dropped = dict[str, dict[str, int]]  # split -> reason -> rows
+Unfit = Callable[[Sequence[Example]], Mapping[str, str]]
+"""Examples -> the ids of those whose answers are of no use, and why."""
 
-LARGEST_UNANSWERED_SHARE = 0.01
+LARGEST_UNFIT_SHARE = 0.01
+
+
+class Read(NamedTuple):
+    """What files hold."""
+
+    splits: Splits
+    dropped: Dropped
+    unfit: dict[str, str]  # the ids of rows without an answer that can be used, and why
 
 
 class PublicSet(NamedTuple):
@@ -88,17 +98,17 @@ PUBLIC: dict[str, PublicSet] = {
 }
 
 
-def read_public(name: str, source: Path | None) -> tuple[Splits, Dropped]:
+def read_public(name: str, source: Path | None, unfit: Unfit | None = None) -> Read:
     """The examples of a published set from a file or folder, or where None from its home."""
     known = PUBLIC[name]
     if source is None:
         with public_files(name, known.homes) as files:
-            return _read(files, known.example)
+            return _read(files, known.example, unfit)
     if source.is_file() and (other := _set_of(source.name)) not in (name, None):
         raise PromptFileError(
             f"{source}: by its name this is {other}, not {name}; rename it if not"
         )
-    return _read(split_files(source, name, known.stems), known.example)
+    return _read(split_files(source, name, known.stems), known.example, unfit)
 
 
 def _set_of(file: str) -> str | None:
@@ -110,7 +120,9 @@ def _set_of(file: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def read_own(name: str, source: Path, fields: Fields, split: str | None) -> tuple[Splits, Dropped]:
+def read_own(
+    name: str, source: Path, fields: Fields, split: str | None, unfit: Unfit | None = None
+) -> Read:
     """The examples of anyone's files: a folder with train and test files, or one file.
 
     One file makes `split`, else `test` where its name begins so and `train` where not.
@@ -118,50 +130,54 @@ def read_own(name: str, source: Path, fields: Fields, split: str | None) -> tupl
     if split is not None and source.is_dir():
         raise PromptFileError(f"{source} is a folder: its file names say the splits, not --split")
     files = {split: source} if split else split_files(source, name, TRAIN_AND_TEST)
-    return _read(files, fields.example)
+    return _read(files, fields.example, unfit)
 
 
 def _read(
-    files: Mapping[str, Path], example: Callable[[str, Row], Example]
-) -> tuple[Splits, Dropped]:
+    files: Mapping[str, Path], example: Callable[[str, Row], Example], unfit: Unfit | None
+) -> Read:
     """Every row of every file; of equal problems one stays, of contradicting ones none.
 
-    Train loses what is also in test. An answer that is null or blank leaves its row out; where
-    more than 1 % of a file's rows are so, PromptFileError.
+    Train loses what is also in test. An answer that is null or blank, or that `unfit` finds of no
+    use, leaves its row out; where more than 1 % of a file's rows are so, PromptFileError.
     """
-    splits: Splits = {}
-    dropped: Dropped = {}
+    read = Read({}, {}, {})
     for split in sorted(files, key=lambda split: split != "test"):  # test first
-        tested = {row.prompt for row in splits.get("test", [])}
+        tested = {row.prompt for row in read.splits.get("test", [])}
         first: dict[str, Example] = {}
         times: Counter[str] = Counter()  # of each problem
         contradicting = set()
-        unanswered = []
+        useless: dict[str, str] = {}
         for row in (example(split, row) for row in read_rows(files[split])):
             if not row.answer:
-                unanswered.append(row.id)
+                useless[row.id] = "no answer"
                 continue
             times[row.prompt] += 1
             if first.setdefault(row.prompt, row).answer != row.answer:
                 contradicting.add(row.prompt)
-        rows = times.total() + len(unanswered)
-        if len(unanswered) > LARGEST_UNANSWERED_SHARE * rows:
+        reasons = Counter({"no answer": len(useless)})
+        found = unfit(list(first.values())) if unfit else {}
+        useless |= found
+        if len(useless) > LARGEST_UNFIT_SHARE * (rows := len(first) + reasons["no answer"]):
+            few = "; ".join(f"{row} ({why})" for row, why in list(useless.items())[:3])
             raise PromptFileError(
-                f"{files[split]}: {len(unanswered)} of {rows} rows have no answer, the first are"
-                f" {', '.join(unanswered[:3])}; remove them or name the field that holds it"
+                f"{files[split]}: {len(useless)} of {rows} problems have no answer that can be"
+                f" used: {few}; remove them, or name the field and verifier that fit"
             )
-        reasons = Counter({"no answer": len(unanswered)})
-        splits[split] = []
+        read.unfit.update(useless)
+        kept = read.splits[split] = []
         for problem, row in first.items():
             if problem in contradicting:
                 reasons["contradicting answers"] += times[problem]
             elif problem in tested:
                 reasons["also in test"] += times[problem]
+            elif row.id in found:
+                reasons["unfit answer"] += times[problem]
             else:
-                splits[split].append(row)
+                kept.append(row)
                 reasons["duplicate"] += times[problem] - 1
-        if not splits[split]:
-            raise PromptFileError(f"{files[split]}: no usable row is left of {rows}")
+        if not kept:
+            raise PromptFileError(f"{files[split]}: no usable row is left of {times.total()}")
         if counted := {reason: count for reason, count in reasons.items() if count}:
-            dropped[split] = counted
-    return splits, dropped
+            read.dropped[split] = counted
+    return read

@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from dppo_jax.prompts import arithmetic, stories
 from dppo_jax.prompts.examples import Example, PromptFileError
 from dppo_jax.prompts.fields import Fields
-from dppo_jax.prompts.sets import PUBLIC, Dropped, Splits, read_own, read_public
+from dppo_jax.prompts.sets import PUBLIC, Dropped, Read, Splits, Unfit, read_own, read_public
 
 VERSION = "1.1.0"  # of the files' layout and of the data sets that the project makes itself
 
@@ -41,52 +41,63 @@ class Prepared(NamedTuple):
     path: Path
     splits: dict[str, int]  # examples in each
     dropped: Dropped  # rows left out of each split, by reason
+    unfit: dict[str, str]  # those without an answer that can be used, by id, and why
     fingerprint: str  # of every example in every split
     reused: bool  # the same examples were there already
 
 
 def prepare(
-    name: str, data_dir: str | Path, source: str | Path | None = None, **options: int
+    name: str,
+    data_dir: str | Path,
+    source: str | Path | None = None,
+    unfit: Unfit | None = None,
+    **options: int,
 ) -> Prepared:
     """Writes data set `name` below `data_dir`, or finds that it is there already.
 
     `source` is the file or folder that a published set is read from; where None it is downloaded
-    from its public home. `options` are those of the `examples` function of a set that the project
-    makes (arithmetic: smallest, largest, held_out, seed). Every row is read and checked before
-    anything is written, and the files appear by one rename. If the folder holds other examples
+    from its public home. `unfit` finds the examples that a verifier cannot judge; they are left out
+    and told. `options` are those of the `examples` function of a set that the project makes
+    (arithmetic: smallest, largest, held_out, seed). Every row is read and checked before anything
+    is written, and the files appear by one rename. If the folder holds other examples
     under this name, PromptFileError: a run that resumes must not find its held-out set changed.
     """
     if name in PUBLIC:
         if options:
             raise ValueError(f"{name} has no options, got {', '.join(options)}")
-        if source is None and (path := _path(name, data_dir)).exists():
+        if source is unfit is None and (path := _path(name, data_dir)).exists():
             return _found(name, path)
-        return _store(name, data_dir, *read_public(name, None if source is None else Path(source)))
+        return _store(name, data_dir, read_public(name, Path(source) if source else None, unfit))
     if name not in _MADE_HERE:
         raise ValueError(_unknown(name, NAMES))
-    if source is not None:
-        raise ValueError(f"{name} is made by the project itself and takes no --from")
-    return _store(name, data_dir, _MADE_HERE[name](**options), {})
+    if source is not None or unfit is not None:
+        raise ValueError(f"{name} is made by the project itself; it takes no --from, no --verifier")
+    return _store(name, data_dir, Read(_MADE_HERE[name](**options), {}, {}))
 
 
 def prepare_own(
-    name: str, data_dir: str | Path, source: str | Path, fields: Fields, split: str | None = None
+    name: str,
+    data_dir: str | Path,
+    source: str | Path,
+    fields: Fields,
+    split: str | None = None,
+    unfit: Unfit | None = None,
 ) -> Prepared:
     """`prepare` for anyone's jsonl, json or parquet files, under a name of their choice."""
     if name in NAMES or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         problem = "is a set of the project" if name in NAMES else "is no name for a data set"
         raise ValueError(f"{name!r} {problem}; choose a name of a-z, 0-9 and _ that is not taken")
-    return _store(name, data_dir, *read_own(name, Path(source), fields, split))
+    return _store(name, data_dir, read_own(name, Path(source), fields, split, unfit))
 
 
 def _found(name: str, path: Path) -> Prepared:
     info = _open(path).info
     sizes = {split: each.num_examples for split, each in info.splits.items()}
-    return Prepared(name, path, sizes, {}, str((info.metadata or {})["fingerprint"]), True)
+    return Prepared(name, path, sizes, {}, {}, str((info.metadata or {})["fingerprint"]), True)
 
 
-def _store(name: str, data_dir: str | Path, splits: Splits, dropped: Dropped) -> Prepared:
-    fingerprint = _fingerprint(splits)
+def _store(name: str, data_dir: str | Path, read: Read) -> Prepared:
+    splits, fingerprint = read.splits, _fingerprint(read.splits)
     path = _path(name, data_dir)
     reused = path.exists()
     if not reused:
@@ -103,7 +114,7 @@ def _store(name: str, data_dir: str | Path, splits: Splits, dropped: Dropped) ->
             " it anew, or choose another data folder"
         )
     sizes = {split: len(examples) for split, examples in splits.items()}
-    return Prepared(name, path, sizes, dropped, fingerprint, reused)
+    return Prepared(name, path, sizes, read.dropped, read.unfit, fingerprint, reused)
 
 
 class PromptSource(Sequence[Example]):

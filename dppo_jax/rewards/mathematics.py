@@ -44,7 +44,10 @@ def _warm_up() -> None:
             math_answer(Example("warm-up", "", gold, ""), text, True)
 
 
-@isolated(Limits(seconds=1.0, waiting_seconds=5.0), _warm_up)
+# Measured in workers on a crowded core: of 5,000 answers that only algebra finds equal none took
+# over 0.22 s, and 99.9 % of wrong ones less than 0.18 s. Nearly all that takes longer is unfinished
+# prose read as formulas, which scores 0 either way.
+@isolated(Limits(seconds=0.3, waiting_seconds=5.0), _warm_up)
 def math_answer(
     example: Example,
     response: str,

@@ -6,6 +6,7 @@ when the run closes the pipe, however the run ended, and its workers end with it
 """
 
 import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -150,6 +151,10 @@ class Supervisor:
             return "the verifier's module imports jax: put the verifier in a module of its own"
         self.limits = declared(self.verifier, "isolate") or Limits()
         self.key = job.verifier
+        # Workers share what is loaded by now. Their collectors must not go through it: a tenth of a
+        # second of some task's limit, and a copy of every page.
+        gc.collect()
+        gc.freeze()
         return ""
 
     def _grade(self, job: Job) -> Done:

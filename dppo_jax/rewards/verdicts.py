@@ -14,6 +14,8 @@ from dppo_jax.prompts.examples import Example
 
 logger = logging.getLogger(__name__)
 
+_FAILED = "verifier failed: "
+
 Failure = Literal["", "error", "timeout", "crash"]
 
 
@@ -120,19 +122,28 @@ def grade(
     a run of days: its verdict is score 0 with the reason and `failure` set, so that
     `sum(verdict.error for verdict in verdicts)` counts them. The first of a batch is logged.
     """
-    if declared(verifier, "isolate") is not None:
-        from dppo_jax.rewards.pool import shared
-
-        verdicts = shared.grade(verifier, examples, responses, finished, tokens)
-    else:
-        counts: Sequence[int | None] = tokens if tokens is not None else [None] * len(responses)
-        rows = zip(examples, responses, finished, counts, strict=True)
-        verdicts = [judge(verifier, *row) for row in rows]
+    verdicts = _verdicts(verifier, examples, responses, finished, tokens)
     for example, verdict in zip(examples, verdicts, strict=True):
         if verdict.failure:
             logger.warning("verifier failed on example %s: %s", example.id, verdict.reason)
             break
     return verdicts
+
+
+def _verdicts(
+    verifier: Verifier,
+    examples: Sequence[Example],
+    responses: Sequence[str],
+    finished: Sequence[bool],
+    tokens: Sequence[int] | None,
+) -> list[Verdict]:
+    if declared(verifier, "isolate") is not None:
+        from dppo_jax.rewards.pool import shared
+
+        return shared.grade(verifier, examples, responses, finished, tokens)
+    counts: Sequence[int | None] = tokens if tokens is not None else [None] * len(responses)
+    rows = zip(examples, responses, finished, counts, strict=True)
+    return [judge(verifier, *row) for row in rows]
 
 
 def grade_later(
@@ -161,28 +172,49 @@ def grade_later(
     return future
 
 
-def check_examples(
-    verifier: Verifier, examples: Sequence[Example], *, max_share: float = 0.05
-) -> None:
-    """Refuses a data set whose answers the verifier cannot use, before anything is trained.
+def unfit_examples(verifier: Verifier, examples: Sequence[Example]) -> dict[str, str]:
+    """The ids of examples whose answers the verifier cannot use, and why.
 
-    Each example's solution, or its answer where it has none, is judged as a response. Raises
-    ValueError if the verifier raises on more than `max_share` of the examples, and names the first
-    three; fewer are failures that the run counts.
+    Each example's solution, or its answer where it has none, is judged as a response; unfit is one
+    at which the verifier raises.
     """
     responses = [example.solution or example.answer for example in examples]
     count = len(examples)
-    verdicts = grade(verifier, examples, responses, [True] * count, [0] * count)
-    unfit = [
-        f"{example.id} ({verdict.reason})"
-        for example, verdict in zip(examples, verdicts, strict=True)
-        if verdict.failure == "error"
-    ]
+    verdicts = _verdicts(verifier, examples, responses, [True] * count, [0] * count)
+    unfit = {}
+    for example, verdict in zip(examples, verdicts, strict=True):
+        if verdict.failure == "error":
+            reason = verdict.reason.removeprefix(_FAILED).removeprefix("ValueError: ")
+            unfit[example.id] = reason.removeprefix(f"example {example.id}: ")
+    return unfit
+
+
+def check_examples(
+    verifier: Verifier,
+    examples: Sequence[Example],
+    name: str,
+    *,
+    max_share: float = 0.05,
+    most: int = 1000,
+) -> list[str]:
+    """Refuses a data set whose answers the verifier cannot use, before anything is trained.
+
+    Of `most` examples, evenly spaced, those that are unfit are counted. Raises ValueError for more
+    than `max_share`; fewer are failures that the run counts, and are told in the line that comes
+    back.
+    """
+    count = min(most, len(examples))
+    chosen = [examples[place * len(examples) // count] for place in range(count)]
+    unfit = unfit_examples(verifier, chosen)
+    if not unfit:
+        return []
+    listed = "; ".join(f"{id_} ({reason})" for id_, reason in list(unfit.items())[:3])
+    found = (
+        f"the verifier cannot judge {len(unfit)} of {count} examples of {name}, such as {listed}"
+    )
     if len(unfit) > max_share * count:
-        raise ValueError(
-            f"the verifier cannot judge {len(unfit)} of the first {count} examples, such as "
-            f"{'; '.join(unfit[:3])}: choose a verifier for these answers, or drop the examples"
-        )
+        raise ValueError(f"{found}: choose a verifier for these answers, or drop the examples")
+    return [f"{found}: what is answered to them scores 0"]
 
 
 def judge(
@@ -208,7 +240,7 @@ def call(
 
 def failed(failure: Failure, why: str) -> Verdict:
     """The verdict on a response that could not be judged."""
-    return Verdict(0.0, None, f"verifier failed: {' '.join(why.split())[:500]}", failure)
+    return Verdict(0.0, None, _FAILED + " ".join(why.split())[:500], failure)
 
 
 def _takes_tokens(verifier: Verifier) -> bool:

@@ -1,6 +1,7 @@
 """Verbs about data sets: data prepare, data show."""
 
 import argparse
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from dppo_jax.verbs.command import GIVEN, add_verb
 if TYPE_CHECKING:
     from dppo_jax.prompts.tokenizers import Tokenizer
 
+_LISTED = 10  # rows without an answer that can be used
 _OWN_FIELDS = ("prompt", "answer", "solution", "subject", "level")
 
 
@@ -36,6 +38,9 @@ def add(verbs: Any) -> None:
     prepare.add_argument("--split", help="of your own file (default: test or train, by its name)")
     for field in _OWN_FIELDS:
         prepare.add_argument(f"--{field}-field", help="of your own rows; a.b leads into objects")
+    prepare.add_argument(
+        "--verifier", help="leave out, and tell, what this verifier of dppo grade cannot judge"
+    )
     prepare.add_argument("--data-dir", default="runs/data", help="(default: runs/data)")
     prepare.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -55,8 +60,9 @@ def add(verbs: Any) -> None:
     show.add_argument(
         "--tokenizer", metavar="DIR", help="a model's folder: its tokenizer.json and chat template"
     )
-    show.add_argument("--user", default="problem", help="with --tokenizer: problem, boxed, dapo, or"
-                      " text with {problem}")  # fmt: skip
+    show.add_argument(
+        "--user", help="with --tokenizer: problem (default), boxed, dapo, or text with {problem}"
+    )
     show.add_argument("--system", help="with --tokenizer: the system prompt")
     show.add_argument("--data-dir", help="(default: the recipe's, or runs/data)")
     show.add_argument("--json", action="store_true", help="print one JSON object")
@@ -131,26 +137,35 @@ def _tokenizer_of(options: argparse.Namespace) -> "Tokenizer | None":
     from dppo_jax.prompts.tokenizers import HuggingFaceTokenizer
 
     if options.tokenizer is None:
+        if options.user or options.system:
+            raise ValueError("--user and --system go into a chat template: give --tokenizer DIR")
         return None
-    template = chat(options.tokenizer, user=options.user, system=options.system)
+    template = chat(options.tokenizer, user=options.user or "problem", system=options.system)
     return TemplatedTokenizer(HuggingFaceTokenizer(options.tokenizer), template)
 
 
 def _prepare(options: argparse.Namespace) -> None:
     from dppo_jax.prompts.fields import Fields
     from dppo_jax.prompts.store import prepare, prepare_own
+    from dppo_jax.rewards.grading import verifier_named
+    from dppo_jax.rewards.verdicts import unfit_examples
 
+    unfit = None
+    if options.verifier is not None:
+        unfit = functools.partial(unfit_examples, verifier_named(options.verifier))
     own = {field: getattr(options, f"{field}_field") for field in _OWN_FIELDS}
     if options.jsonl is None:
         if any(own.values()) or options.split:
             raise ValueError("--split and --...-field describe your own rows: give --jsonl FILE")
-        done = prepare(options.name, options.data_dir, options.source)
+        done = prepare(options.name, options.data_dir, options.source, unfit)
     else:
         if options.source or not (own["prompt"] and own["answer"]):
             raise ValueError("--jsonl FILE needs --prompt-field and --answer-field, and no --from")
         subject, level = (((own[name],) if own[name] else ()) for name in ("subject", "level"))
         fields = Fields((own["prompt"],), (own["answer"],), own["solution"] or "", subject, level)
-        done = prepare_own(options.name, options.data_dir, options.jsonl, fields, options.split)
+        done = prepare_own(
+            options.name, options.data_dir, options.jsonl, fields, options.split, unfit
+        )
     if options.json:
         print(json.dumps(done._asdict() | {"path": str(done.path)}))
         return
@@ -159,3 +174,7 @@ def _prepare(options: argparse.Namespace) -> None:
     for split, reasons in done.dropped.items():
         left_out = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         print(f"left out of {split}: {left_out}")
+    for row in list(done.unfit)[:_LISTED]:
+        print(f"  {row}: {done.unfit[row]}")
+    if len(done.unfit) > _LISTED:
+        print(f"  and {len(done.unfit) - _LISTED} more; --json lists all")
