@@ -16,6 +16,6 @@ def keep_freed_memory() -> None:
     if mallopt is None:
         return
     mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_TRIM_THRESHOLD, -1)
     mallopt(_TOP_PAD, 64 * 2**20)
     mallopt(_ARENA_MAX, 1)

@@ -53,30 +53,33 @@ def _scores(q: Array, part: Keys) -> Array:
 
 def _forward(q, keys, soft_cap):
     scores = [soft_capped(_scores(q, part), soft_cap) + part.bias for part in keys]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    ends = [sum(part.k.shape[-2] for part in keys[:i]) for i in range(1, len(keys))]
-    each = jnp.split(weights, ends, axis=-1)
+    highest = functools.reduce(jnp.maximum, [z.max(axis=-1, keepdims=True) for z in scores])
+    each = [jnp.exp(z - highest) for z in scores]
+    total = sum(jnp.sum(e, axis=-1, keepdims=True) for e in each)
+    each = [e.astype(q.dtype) for e in each]
     out = jnp.zeros(q.shape, jnp.float32)
-    for w, part in zip(each, keys, strict=True):
-        out += _product(f"phgrst,{part.axes}->phgrsd", w, part.v)
-    out = out.astype(q.dtype)
-    return out, (q, keys, each, out)
+    for e, part in zip(each, keys, strict=True):
+        out += _product(f"phgrst,{part.axes}->phgrsd", e, part.v)
+    out = (out / total).astype(q.dtype)
+    return out, (q, keys, each, total, out)
 
 
 def _backward(soft_cap, saved, d_out):
-    q, keys, each, out = saved
-    row = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    q, keys, each, total, out = saved
+    d_out = d_out.astype(jnp.float32) / total
+    row = jnp.sum(d_out * out, axis=-1, keepdims=True)
+    d_out = d_out.astype(q.dtype)
     d_q = jnp.zeros(q.shape, jnp.float32)
     d_keys = []
-    for w, part in zip(each, keys, strict=True):
-        d_w = _product(f"phgrsd,{part.axes}->phgrst", d_out, part.v)
-        d_s = w * (d_w - row)
+    for e, part in zip(each, keys, strict=True):
+        d_e = _product(f"phgrsd,{part.axes}->phgrst", d_out, part.v)
+        d_s = e * (d_e - row)
         if soft_cap is not None:
             d_s *= 1.0 - jnp.tanh(_scores(q, part) / soft_cap) ** 2
         d_s = d_s.astype(q.dtype)
         d_q += _product(f"phgrst,{part.axes}->phgrsd", d_s, part.k)
         d_k = _product(f"phgrst,phgrsd->{part.axes}", d_s, q)
-        d_v = _product(f"phgrst,phgrsd->{part.axes}", w, d_out)
+        d_v = _product(f"phgrst,phgrsd->{part.axes}", e, d_out)
         nothing = jnp.zeros_like(part.bias)
         d_keys.append(Keys(d_k.astype(part.k.dtype), d_v.astype(part.v.dtype), nothing))
     return d_q.astype(q.dtype), type(keys)(d_keys)

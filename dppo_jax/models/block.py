@@ -188,4 +188,6 @@ class Block(nnx.Module):
             )
             return out, routing
         gate, up = (constrain(self._product(y, name), "tokens", "mlp") for name in ("gate", "up"))
-        return constrain(self._product(activation(gate) * up, "down"), "tokens", "width"), None
+        # Both are kept for the backward pass, what is between them is not.
+        gated = jax.checkpoint(lambda gate, up: activation(gate) * up)(gate, up)
+        return constrain(self._product(gated, "down"), "tokens", "width"), None
