@@ -67,7 +67,9 @@ def _forward(q, keys, soft_cap):
 def _backward(soft_cap, saved, d_out):
     q, keys, each, total, out = saved
     d_out = d_out.astype(jnp.float32) / total
-    row = jnp.sum(d_out * out, axis=-1, keepdims=True)
+    # Summed without the axis r, which is often 1: XLA's CPU backend is slow with such axes here.
+    row = jnp.sum((d_out * out).reshape(*out.shape[:3], -1, out.shape[-1]), axis=-1)
+    row = row.reshape(*out.shape[:-1], 1)
     d_out = d_out.astype(q.dtype)
     d_q = jnp.zeros(q.shape, jnp.float32)
     d_keys = []

@@ -14,6 +14,7 @@ from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.expert_parallel import expert_mlps_on_mesh
 from dppo_jax.models.fsdp import with_whole
 from dppo_jax.models.moe import Load, route, stored_ids
+from dppo_jax.models.products import product
 from dppo_jax.models.rope import Rope, rotate
 from dppo_jax.sharding import constrain
 
@@ -120,7 +121,7 @@ class Block(nnx.Module):
 
     def _product(self, x: Float[Array, "N I"], name: str) -> Float[Array, "N O"]:
         """x times the named matrix, and what its adapter adds."""
-        out = in_use(lambda x, weight: x @ weight, x, getattr(self, name), x.dtype)
+        out = in_use(product, x, getattr(self, name), x.dtype)
         adapter = adapter_of(self, name)
         return out if adapter is None else out + adapter(x)
 

@@ -247,14 +247,12 @@ def response_states(
         if attended is not None:
             return attended
 
-        def responses(t):
-            return t[:, length:].reshape(prompts, samples, fed, *t.shape[2:])
-
-        asked_q, asked_k, asked_v = (t[:, None, :length] for t in (q, k, v))
-        asked = (asked_q, asked_k, asked_v, prompt_mask[:, None])
-        own = _attention(decoder.config, *asked, window)
-        prefix = Prefix(k[:, :length], v[:, :length], prompt_mask)
-        q, k, v = (responses(t) for t in (q, k, v))
+        # The transpose of a split is a concatenation, that of slices a sum of padded arrays.
+        asked, theirs = zip(*(jnp.split(t, [length], axis=1) for t in (q, k, v)), strict=True)
+        alone = (t[:, None] for t in asked)
+        own = _attention(decoder.config, *alone, prompt_mask[:, None], window)
+        prefix = Prefix(asked[1], asked[2], prompt_mask)
+        q, k, v = (t.reshape(prompts, samples, fed, *t.shape[2:]) for t in theirs)
         theirs = _attention(decoder.config, q, k, v, fed_mask, window, prefix)
         return jnp.concatenate([own[:, 0], theirs.reshape(prompts, samples * fed, -1)], axis=1)
 
