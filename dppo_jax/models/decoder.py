@@ -249,8 +249,9 @@ def response_states(
 
         # The transpose of a split is a concatenation, that of slices a sum of padded arrays.
         asked, theirs = zip(*(jnp.split(t, [length], axis=1) for t in (q, k, v)), strict=True)
-        alone = (t[:, None] for t in asked)
-        own = _attention(decoder.config, *alone, prompt_mask[:, None], window)
+        asked_q, asked_k, asked_v = (t[:, None] for t in asked)
+        asked_mask = prompt_mask[:, None]
+        own = _attention(decoder.config, asked_q, asked_k, asked_v, asked_mask, window)
         prefix = Prefix(asked[1], asked[2], prompt_mask)
         q, k, v = (t.reshape(prompts, samples, fed, *t.shape[2:]) for t in theirs)
         theirs = _attention(decoder.config, q, k, v, fed_mask, window, prefix)
