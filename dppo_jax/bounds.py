@@ -89,14 +89,22 @@ def penalty_prefix(
 
 
 def with_improvement(numbers: Mapping[str, float]) -> dict[str, float]:
-    """A step's numbers and `bound/improvement`, L' less eq. 8's penalty, where they hold its terms.
+    """A step's numbers and `bound/improvement`, L' less eq. 8's penalty, where they hold its terms;
+    with CPPO's (of TV) also `bound/prefix_improvement`, L' less that of theorem 1.
 
-    An estimate, from what μ has sampled, of a lower bound on J(π) - J(μ); ξ is the largest |A|.
+    Estimates, from what μ has sampled, of lower bounds on J(π) - J(μ); ξ is the largest |A|, ℓ of
+    theorem 1 the largest divergence that was measured.
     """
     found = dict(numbers)
     if "bound/surrogate" in numbers:
         penalty = penalty_sum_tv(numbers["advantage/max"], numbers["bound/tv_sum"])
         found["bound/improvement"] = numbers["bound/surrogate"] - float(penalty)
+    if "bound/prefix_budget" in numbers:
+        horizon, tv_max = int(numbers["bound/horizon"]), numbers["divergence/max"]
+        penalty = penalty_prefix(
+            numbers["advantage/max"], horizon, tv_max, numbers["bound/prefix_budget"]
+        )
+        found["bound/prefix_improvement"] = numbers["bound/surrogate"] - float(penalty)
     return found
 
 

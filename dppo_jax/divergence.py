@@ -87,7 +87,7 @@ def topk_kl(
 def topk_slots_tv(
     topk_logp_anchor: Float[Array, "*N K"], topk_logp: Float[Array, "*N K"]
 ) -> Float[Array, "*N"]:
-    """Total variation over the K slots as stored and the rest.
+    """Total variation over the given K slots and the rest.
 
     ½ (Σ_k |μ_k - π_k| + |μ_rest - π_rest|), p_rest = max(1 - Σ_k p_k, 1e-12).
     sail-sg/Stable-RL@c6af1d11 verl/workers/actor/utils.py compute_topk_kl.
@@ -101,7 +101,7 @@ def topk_slots_tv(
 def topk_slots_kl(
     topk_logp_anchor: Float[Array, "*N K"], topk_logp: Float[Array, "*N K"]
 ) -> Float[Array, "*N"]:
-    """KL(μ || π) over the K slots as stored and the rest, in nats.
+    """KL(μ || π) over the given K slots and the rest, in nats.
 
     Σ_k μ_k log(μ_k/π_k) + μ_rest log(μ_rest/π_rest), p_rest = max(1 - Σ_k p_k, 1e-12).
     sail-sg/Stable-RL@c6af1d11 verl/workers/actor/utils.py compute_topk_kl, clamped at 0 here.

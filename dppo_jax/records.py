@@ -20,8 +20,13 @@ FINISH_STOP = 1  # the policy sampled an end token, which is part of the respons
 
 # What an objective asks of the training loop beside the rollout and the scored policy: Batch.*_old,
 # Batch.logp_ref, TokenStats.exact_*, TokenStats.uniform_logp, TokenStats.values (and their _old),
-# TokenStats.last_layer.
-Need = Literal["logp_old", "logp_ref", "exact_divergence", "uniform_logp", "values", "last_layer"]
+# TokenStats.last_layer. Exact divergences are from the policy that sampled, or (`_old`) from that
+# before the step's updates: an objective asks for one of them at most.
+Need = Literal[
+    "logp_old", "logp_ref", "exact_divergence", "exact_divergence_old", "uniform_logp", "values",
+    "last_layer",
+]  # fmt: skip
+EXACT: frozenset[Need] = frozenset({"exact_divergence", "exact_divergence_old"})
 
 # How far the loss at a token looks: at what is recorded of that token alone, at the other tokens of
 # its sequence, at the other samples of its prompt, or at the whole batch (`Objective.statistics`).
@@ -87,6 +92,8 @@ class Batch:
     uniform_logp_old: Float[Array, "B T"] | None = None  # TokenStats.uniform_logp before the update
     values_old: Float[Array, "B T *Q"] | None = None  # the critic's, before the update
     returns: Float[Array, "B T *R"] | None = None  # what the critic is trained towards
+    # >= 0, of each token's loss, terms added to it apart: put in by `objectives.corrected`
+    loss_weights: Float[Array, "B T"] | None = None
     objective_state: Any = None  # TrainState's, put in by the update: without a batch axis
     # Objective.statistics of the whole minibatch, put in by the update where it takes that in parts
     statistics: Any = None
@@ -102,8 +109,8 @@ class TokenStats:
     logp: Float[Array, "B T"]  # of the sampled token
     topk_logp: Float[Array, "B T K"]  # of Rollout.topk_ids
     entropy: Float[Array, "B T"]  # nats
-    exact_tv: Float[Array, "B T"] | None = None  # from the rollout policy, over the vocabulary
-    exact_kl: Float[Array, "B T"] | None = None  # KL(rollout policy || current), nats
+    exact_tv: Float[Array, "B T"] | None = None  # from the anchor's policy, over the vocabulary
+    exact_kl: Float[Array, "B T"] | None = None  # KL(anchor's policy || current), nats
     uniform_logp: Float[Array, "B T"] | None = None  # mean over the vocabulary of log π(v)
     values: Float[Array, "B T *Q"] | None = None  # the critic's: a number, or Q quantiles
     # Σ π², Σ π³ over the vocabulary, and mean((x/T)²) of the hidden state x; no gradient

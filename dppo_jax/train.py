@@ -212,7 +212,7 @@ def train(
     choose = chooser(rollout_policy)
     foresee = foresight(rollout_policy, sampling_key)
     tightness = make_tightness(network, sampling.temperature, parts=minibatches * microbatches)
-    exact = "exact_divergence" in objective.needs
+    exact, exact_old = (f"exact_divergence{of}" in objective.needs for of in ("", "_old"))
 
     def fresh_state(params: Params, base: Params | None) -> TrainState:
         memory = rollout_policy.init(network.policy(params, base))
@@ -301,8 +301,9 @@ def train(
             mu, memory = choose(state.rollout_memory, whole, step, step_key)
             jax.block_until_ready(mu)
             clock.lap("weight_sync")
-            # A copy, since updates donate their parameters; each step, so that none compiles late.
+            # Copies, as updates donate their parameters; each step, so that none compiles late.
             rollout_params = network.copied(mu) if exact or exact_divergence_every else None
+            anchor = network.copied(whole) if exact_old else rollout_params if exact else None
             state = dataclasses.replace(state, rollout_memory=memory)
 
             # What later steps sample with is known before this one's updates.
@@ -320,7 +321,7 @@ def train(
             gathered = []
             for chosen in order.reshape(minibatches, -1):
                 minibatch = take_prompts(batch, jnp.asarray(chosen))
-                state, metrics = update(state, minibatch, rollout_params if exact else None, base)
+                state, metrics = update(state, minibatch, anchor, base)
                 gathered.append(metrics)
             numbers = step_numbers(gathered) | reduce_metrics(known)
             clock.lap("update")

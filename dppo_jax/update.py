@@ -15,6 +15,7 @@ from dppo_jax.models.decoder import Decoder, Model, Params
 from dppo_jax.packing import Budget
 from dppo_jax.parts import microbatch, over_microbatches, over_packed
 from dppo_jax.records import (
+    EXACT,
     Batch,
     Counts,
     LossSum,
@@ -38,8 +39,8 @@ from dppo_jax.scoring import (
 )
 from dppo_jax.sharding import constrain
 
-# (state, batch), the parameters that sampled where the objective needs "exact_divergence" (else
-# None), and with LoRA the base's
+# (state, batch), the parameters that exact divergences are from where the objective needs those
+# (else None), and with LoRA the base's
 Update = Callable[..., tuple[TrainState, Metrics]]
 
 
@@ -178,7 +179,8 @@ def make_update(
 
     A critic takes its step beside the policy's, with an optimizer of its own, by the same loss.
     An objective that needs "exact_divergence" takes the parameters that sampled as a third
-    argument: a copy, where they are the state's own.
+    argument, or with "exact_divergence_old" those before the step: a copy, where they are the
+    state's own.
     `mismatch/*` compares the scored policy with the sampler's: numerical mismatch alone on the
     first step after a rollout, with the policy's movement on top in later ones.
     With LoRA the state's parameters are the adapters; the base, a fourth argument, is not donated.
@@ -195,7 +197,7 @@ def make_update(
     plain = objective.next_state is None and objective.needs <= {"logp_old", "logp_ref"}
     token_local = objective.token_local if plain else None
 
-    exact = "exact_divergence" in objective.needs
+    exact = bool(objective.needs & EXACT)
     dropout, balance = model.dropout, model.config.load_balancing
 
     def update(
@@ -207,8 +209,8 @@ def make_update(
     ) -> tuple[TrainState, Metrics]:
         if exact != (rollout_params is not None):
             raise ValueError(
-                'the parameters that sampled go with an objective that needs "exact_divergence", '
-                "and with no other"
+                'an anchor\'s parameters go with an objective that needs "exact_divergence", and '
+                "with no other"
             )
         counted = isinstance(state.token_counts, jax.Array)
 

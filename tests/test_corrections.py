@@ -57,12 +57,24 @@ def test_off_policy_masking_spares_positive_advantages():
 def test_weights_multiply_loss_and_gradient_and_are_constants():
     """PPO's clip around old, each token's loss and gradient times its weight."""
     weights = np.array([0.5, 1.2, 2.0, 1.0])
-    for objective in (o.ppo_clip(anchor=o.old_anchor), o.drpo(), o.dppo_binary_tv(), o.sapo()):
-        batch = from_probabilities(MU, PI, [1.0, -1.0, 2.0, -0.5], old=OLD)
-        _, plain = loss_and_gradient(objective, *batch)
-        _, ours = loss_and_gradient(o.corrected(objective, o.tis()), *batch)
+    for objective in (
+        o.ppo_clip(anchor=o.old_anchor), o.drpo(), o.dppo_binary_tv(), o.sapo(), o.dro(), o.r2vpo(),
+        o.rover(), o.kl_cov(0.5), o.cpgd(drift=0.1, aggregate=o.token_mean),
+    ):  # fmt: skip
+        stats, batch = from_probabilities(MU, PI, [1.0, -1.0, 2.0, -0.5], old=OLD)
+        stats = replace(stats, uniform_logp=jnp.full((1, 4), -3.0))
+        batch = replace(
+            batch, uniform_logp_old=jnp.full((1, 4), -2.5), objective_state=jnp.float32(0.3)
+        )
+        _, plain = loss_and_gradient(objective, stats, batch)
+        _, ours = loss_and_gradient(o.corrected(objective, o.tis()), stats, batch)
         np.testing.assert_allclose(ours.logp, plain.logp * weights, rtol=1e-5)
         assert plain.logp.any()
+        twice = o.corrected(o.corrected(objective, o.tis()), o.icepop(0.6, 3.0))
+        _, ours = loss_and_gradient(twice, stats, batch)
+        np.testing.assert_allclose(
+            ours.logp, plain.logp * weights * np.array([0, 1.2, 0, 1.0]), rtol=1e-5
+        )
     through_pi = o.corrected(o.pg_is(), o.tis(9.0, o.current_policy))
     _, ours = loss_and_gradient(through_pi, *from_probabilities(MU, PI, np.ones(4)))
     np.testing.assert_allclose(ours.logp[0], -(CURRENT**2), rtol=1e-5)
@@ -74,7 +86,7 @@ def test_metrics():
     np.testing.assert_allclose(metrics["correction/weight"], Mean(2.2, 4.0), rtol=1e-6)
     np.testing.assert_allclose(metrics["correction/weight_max"], Max(1.2), rtol=1e-6)
     assert metrics["correction/dropped"] == Mean(2.0, 4.0)
-    assert metrics["mask/fraction"] == Mean(0.0, 2.0)
+    assert metrics["mask/fraction"] == Mean(0.0, 4.0)
 
 
 def test_needs_and_scope_are_joined():

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -63,7 +64,8 @@ def test_sequences_that_drifted_off_by_hand():
 
 def test_whole_vocabularies_by_hand():
     """OBJECTIVES' example, V = 5, sampled index 3, r = 2, A = 1: TV .15, KL .0627775 over all;
-    Top-2 KL .0553194, TV .15. Each is masked where its δ is below, and kept with r where above."""
+    Top-2 KL .0553194, TV .15; slots {0, 3}, 3 in the place of 1, KL .0548636. Each is masked where
+    its δ is below, and kept with r where above."""
     mu, pi = np.array([0.5, 0.3, 0.1, 0.06, 0.04]), np.array([0.35, 0.35, 0.1, 0.12, 0.08])
     stats, batch = from_probabilities(mu[3:4], pi[3:4], [1.0])
     slots = np.array([0, 1])
@@ -85,12 +87,14 @@ def test_whole_vocabularies_by_hand():
         (o.dppo_exact_kl, 0.0627775),
         (o.dppo_topk_tv, 0.15),
         (o.dppo_topk_kl, 0.0553194),
+        (partial(o.dppo, o.topk_slots_tv_measure), 0.15),
+        (partial(o.dppo, o.topk_slots_kl_measure), 0.0548636),
         (o.cppo_kl, 0.0553194),  # T = 1: w = 1, S = W = 0, so c = δ
         (o.cppo, 0.15),
     ):
         for delta, expected in ((divergence - 1e-4, 0.0), (divergence + 1e-4, -2.0)):
             found = float(_gradient(make(delta=delta), stats, batch)[0, 0])
-            assert found == pytest.approx(expected), (make.__name__, delta)
+            assert found == pytest.approx(expected), (make, delta)
 
 
 # Where else: the test whose table has the method's row.

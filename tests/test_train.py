@@ -179,6 +179,23 @@ def test_a_recomputed_anchor(dppo, toy_recipe, tmp_path, overrides):
     assert line["update/gradient_norm"] > 0 and 0 <= line["divergence/mean"] < 0.1
 
 
+def test_an_exact_divergence_is_from_the_recomputed_anchor_too(dppo, toy_recipe, tmp_path):
+    """Before the one gradient step π is old itself, however far off the sampler's policy is."""
+    overlay = tmp_path / "noisy.gin"
+    overlay.write_text(
+        "from __gin__ import dynamic_registration\nfrom dppo_jax import objectives\n"
+        f'from dppo_jax import rollout_policy\nfrom dppo_jax import train\ninclude "{toy_recipe}"\n'
+        "STEPS = 2\nMINIBATCHES = 1\ntrain.train.objective = @objectives.dppo_exact_tv()\n"
+        "objectives.dppo_exact_tv.anchor = @objectives.old_anchor\n"
+        "train.train.rollout_policy = @rollout_policy.noisy_weights()\n"
+        "rollout_policy.noisy_weights.scale = 1.0\n"
+    )
+    assert dppo("train", overlay, "--workdir", tmp_path / "run").status == 0
+    for line in lines(tmp_path / "run" / "metrics.jsonl"):
+        assert line["update/gradient_norm"] > 0
+        assert line["divergence/max"] < 1e-6 < 1e-3 < line["mismatch/prob_abs_mean"]
+
+
 EXACT = ["tv_mean", "kl_mean"]
 RATIOS = [f"{bound}_{kind}_over_exact" for bound in ("binary", "topk") for kind in ("tv", "kl")]
 

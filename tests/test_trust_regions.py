@@ -15,6 +15,7 @@ from jax.test_util import check_grads
 
 from dppo_jax import objectives as o
 from dppo_jax.records import Mean
+from dppo_jax.step_numbers import step_numbers
 
 sys.path[:0] = [str(Path(__file__).parent / "contracts")]
 
@@ -96,7 +97,7 @@ def test_both_forms_have_one_gradient_without_a_cap(region):
     surrogate, differentiable = loss_and_gradient(o.ratio_surrogate(region), stats, batch)
     np.testing.assert_allclose(detached.logp, differentiable.logp, rtol=1e-5, atol=1e-7)
     assert detached.logp.any()
-    keep, _, gate = region.decide(stats, batch)
+    keep, _, gate, _ = region.decide(stats, batch)
     ratio = np.exp(stats.logp - batch.rollout.logp_rollout)
     weight = np.where(keep & batch.rollout.response_mask, ratio, 0) * (1 if gate is None else gate)
     np.testing.assert_allclose(surrogate.loss_sum, -(batch.advantages * weight).sum(), rtol=1e-5)
@@ -130,6 +131,7 @@ def test_prefix_sums_by_hand():
     np.testing.assert_allclose(prefix.weighted[0], [0.1, 0.019, 0.045, 0.102, 0.128], rtol=1e-6)
     np.testing.assert_allclose(prefix.spent[0], [0, 0.1, 0.119, 0.164, 0.266], rtol=1e-5)
     np.testing.assert_allclose(prefix.granted[0] / 0.02, [0, 1, 1.95, 2.85, 3.7], rtol=1e-6)
+    np.testing.assert_allclose(prefix.weights[0], [1, 1.95, 2.85, 3.7, 4.5], rtol=1e-6)
     ceiling = np.minimum(0.15, 0.15 + prefix.granted - prefix.spent)[0]
     np.testing.assert_allclose(ceiling, [0.15, 0.07, 0.07, 0.043, -0.042], atol=1e-6)
 
@@ -139,6 +141,19 @@ def test_cppo_masks_by_hand(sign, kept):
     objective = o.cppo(given_distances(D), 0.15, budget=BUDGET)
     _, gradient = loss_and_gradient(objective, *of_ratios(sign))
     np.testing.assert_allclose(gradient.logp[0], -sign * RHO * np.array(kept), rtol=1e-5)
+
+
+def test_theorem_1_as_a_metric():
+    """δ_b = max S_t / W_t = .1 / 1, the first prefix; L' = Σ (r - 1) = .9 where A = 1; T = 5,
+    ℓ = .16: .9 - 2·5·4·.16·.1 = .26. Of KL there is none."""
+    stats, batch = of_ratios(1.0)
+    objective = o.cppo(given_distances(D), 0.15, budget=BUDGET)
+    found = step_numbers([objective.loss(stats, batch).metrics])
+    assert found["bound/prefix_budget"] == pytest.approx(0.1) and found["bound/horizon"] == 5
+    assert found["bound/surrogate"] == pytest.approx(0.9)
+    assert found["bound/prefix_improvement"] == pytest.approx(0.26, rel=1e-5)
+    of_kl = o.cppo(o.binary_kl_measure, 0.1).loss(stats, batch).metrics
+    assert "bound/prefix_budget" not in of_kl
 
 
 def test_cppo_soft_gate_by_hand():

@@ -1,9 +1,8 @@
 """Rollout corrections: weights for tokens that the sampler drew from another policy.
 
-A correction maps a batch to weights >= 0, always constants for the gradient. `corrected` puts them
-on any objective through its advantages: as all but the terms beside the advantage are homogeneous
-in A (max forms, |A| penalties too), that is the same as weighting the token's loss. CPGD's drift,
-DRO's square and KL-Cov's penalty are not weighted.
+A correction maps a batch to weights >= 0, always constants for the gradient. `corrected` multiplies
+every token's loss by them, whatever the loss is: its penalties too (DRPO's, CPGD's drift), as verl
+does, but not terms that are added to it (KL to a reference, entropy, a critic's).
 
 ρ is old/μ at each token by default (`old_policy`: for objectives at old_anchor, verl's "decoupled"
 form) or π/μ (`current_policy`: for losses that have no ratio of their own). With an objective whose
@@ -13,7 +12,7 @@ in verl.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,49 +51,42 @@ class Correction(NamedTuple):
 
 
 def corrected(objective: Objective, correction: Correction) -> Objective:
-    """The objective with its advantages multiplied by sg[weight].
+    """The objective with the loss of each token multiplied by sg[weight].
 
-    Adds the metrics correction/weight, correction/weight_max and correction/dropped, the share of
-    tokens with weight 0; those are not counted in mask/*.
+    Its masks, budgets and targets are those of the objective alone. Adds the metrics
+    correction/weight, correction/weight_max and correction/dropped, the share of tokens with weight
+    0; those are not counted in mask/*.
     """
 
-    def weights(stats: TokenStats, batch: Batch) -> Float[Array, "B T"]:
+    def weighted(stats: TokenStats, batch: Batch) -> Batch:
         weight = jax.lax.stop_gradient(correction.weight(stats, batch))
-        return jnp.where(batch.rollout.response_mask, weight, 0.0)
-
-    def weighted(batch: Batch, weight: Float[Array, "B T"]) -> Batch:
-        # never 0 times what padding holds
-        return replace(batch, advantages=jnp.where(weight > 0, batch.advantages, 0.0) * weight)
+        weight = jnp.where(batch.rollout.response_mask, weight, 0.0)
+        before = 1.0 if batch.loss_weights is None else batch.loss_weights
+        return replace(batch, loss_weights=weight * before)
 
     def loss(stats: TokenStats, batch: Batch) -> LossSum:
-        weight, mask = weights(stats, batch), batch.rollout.response_mask
-        result = objective.loss(stats, weighted(batch, weight))
+        batch = weighted(stats, batch)
+        weight, mask = batch.loss_weights, batch.rollout.response_mask
+        assert weight is not None
+        result = objective.loss(stats, batch)
         tokens = mask.sum().astype(jnp.float32)
         metrics: Metrics = {
             "correction/weight": Mean(weight.sum(), tokens),
             "correction/weight_max": Max(weight.max(initial=0.0)),
             "correction/dropped": Mean(jnp.sum(mask & (weight == 0)).astype(jnp.float32), tokens),
         }
-        return result._replace(metrics=result.metrics | metrics)
-
-    def statistics(stats: TokenStats, batch: Batch) -> Any:
-        assert whole is not None
-        return whole(stats, weighted(batch, weights(stats, batch)))
+        return result._replace(metrics=metrics | result.metrics)
 
     scopes: tuple[Scope, ...] = ("token", "sequence", "prompt", "batch")
-    whole = objective.statistics
     local = objective.token_local if correction.scope == "token" else None
     if local is not None:
         of_token = local.loss
-        local = local._replace(
-            loss=lambda stats, batch: of_token(stats, weighted(batch, weights(stats, batch)))
-        )
+        local = local._replace(loss=lambda stats, batch: of_token(stats, weighted(stats, batch)))
     return objective._replace(
         loss=loss,
         needs=objective.needs | correction.needs,
         token_local=local,
         scope=max(objective.scope, correction.scope, key=scopes.index),
-        statistics=whole and statistics,
     )
 
 

@@ -20,14 +20,16 @@ from jaxtyping import Array, Bool, Float
 
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
 from dppo_jax.objectives.measures import (
-    MEASURE_NEEDS,
+    KL_MEASURES,
     Anchor,
     AnchorLogps,
     Measure,
+    region_needs,
     rollout_anchor,
     topk_kl_measure,
     topk_tv_measure,
 )
+from dppo_jax.objectives.metrics import largest
 from dppo_jax.objectives.policy_gradient import Form, policy_gradient
 from dppo_jax.objectives.trust_region import (
     Decision,
@@ -37,7 +39,7 @@ from dppo_jax.objectives.trust_region import (
     moving_away,
     sides,
 )
-from dppo_jax.records import Batch, Objective, TokenStats
+from dppo_jax.records import Batch, Max, Metrics, Objective, TokenStats
 
 Budget = Callable[[Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B 1"]]
 
@@ -80,6 +82,7 @@ class Prefix(NamedTuple):
     weighted: Float[Array, "B T"]  # Z_t
     spent: Float[Array, "B T"]  # S_{t-1}
     granted: Float[Array, "B T"]  # b·W_{t-1}
+    weights: Float[Array, "B T"]  # W_t
 
 
 def prefix_sums(
@@ -94,7 +97,7 @@ def prefix_sums(
     weight = jnp.where(mask, 1.0 - fall, 0.0)
     weighted = weight * distance
     granted = budget(distance, mask) * _before(weight)
-    return Prefix(distance, weighted, _before(weighted), granted)
+    return Prefix(distance, weighted, _before(weighted), granted, jnp.cumsum(weight, axis=1))
 
 
 def _before(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
@@ -162,10 +165,22 @@ def _region(
         logps: AnchorLogps = centre.logps(batch)
         distance = jax.lax.stop_gradient(measure(stats, batch, logps))
         prefix = prefix_sums(distance, batch.rollout.response_mask, w_min=w_min, budget=made)
-        return decide(prefix, by_sign(batch, *deltas), moving_away(stats, batch, logps))
+        found = decide(prefix, by_sign(batch, *deltas), moving_away(stats, batch, logps))
+        if measure in KL_MEASURES:  # theorem 1 is about total variation
+            return found
+        return found._replace(metrics=_bound_terms(prefix, batch.rollout.response_mask))
 
-    needs = centre.needs | MEASURE_NEEDS.get(measure, frozenset())
-    return TrustRegion(verdict, needs, "sequence")
+    return TrustRegion(verdict, region_needs(measure, centre), "sequence")
+
+
+def _bound_terms(prefix: Prefix, mask: Bool[Array, "B T"]) -> Metrics:
+    """What theorem 1 (`bounds.penalty_prefix`) rests on: T, and the largest S_t / W_t of a sequence
+    as δ_b, which no mean over sequences exceeds."""
+    share = (prefix.spent + prefix.weighted) / jnp.maximum(prefix.weights, 1e-6)
+    return {
+        "bound/prefix_budget": largest(share, mask),
+        "bound/horizon": Max(jnp.max(mask.sum(axis=1), initial=0).astype(jnp.float32)),
+    }
 
 
 KL_BUDGET = partial(fixed_budget, 0.002)

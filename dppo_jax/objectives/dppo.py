@@ -109,16 +109,16 @@ def dppo_exact_tv(
     delta: float = 0.15,
     delta_low: float | None = None,
     delta_high: float | None = None,
+    anchor: Callable[[], Anchor] = rollout_anchor,
     cap: float = jnp.inf,
     aggregate: Aggregation = token_mean,
     form: Form = policy_gradient,
 ) -> Objective:
     """DPPO-Exact-TV: M = 0 where TV(μ, π) over the whole vocabulary > δ and moving away (eq. 12).
 
-    Costs a forward pass of the policy that sampled, and its parameters kept, beside the update.
+    Costs a forward pass of the anchor's policy, and its parameters kept, beside the update.
     Differs from the paper, which only estimates TV: its δ is Binary-TV's, a lower bound of this.
     """
-    anchor = rollout_anchor
     return dppo(exact_tv_measure, delta, delta_low, delta_high, anchor, cap, aggregate, form)
 
 
@@ -126,14 +126,14 @@ def dppo_exact_kl(
     delta: float = 0.05,
     delta_low: float | None = None,
     delta_high: float | None = None,
+    anchor: Callable[[], Anchor] = rollout_anchor,
     cap: float = jnp.inf,
     aggregate: Aggregation = token_mean,
     form: Form = policy_gradient,
 ) -> Objective:
     """DPPO-Exact-KL: M = 0 where KL(μ || π) over the vocabulary > δ and moving away (eq. 12).
 
-    Costs a forward pass of the policy that sampled, and its parameters kept, beside the update.
+    Costs a forward pass of the anchor's policy, and its parameters kept, beside the update.
     Differs from the paper, which only estimates KL: its δ is Binary-KL's, a lower bound of this.
     """
-    anchor = rollout_anchor
     return dppo(exact_kl_measure, delta, delta_low, delta_high, anchor, cap, aggregate, form)

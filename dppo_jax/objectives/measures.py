@@ -123,21 +123,39 @@ def topk_kl_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Flo
 def topk_slots_tv_measure(
     stats: TokenStats, batch: Batch, anchor: AnchorLogps
 ) -> Float[Array, "B T"]:
-    """TV over the K slots as stored and the rest: Stable-RL@c6af1d11, to reproduce its runs."""
-    return divergence.topk_slots_tv(_topk(anchor), stats.topk_logp)
+    """TV over K slots, the sampled token's among them, and the rest: Stable-RL@c6af1d11's form."""
+    return divergence.topk_slots_tv(*_slots(stats, batch, anchor))
 
 
 def topk_slots_kl_measure(
     stats: TokenStats, batch: Batch, anchor: AnchorLogps
 ) -> Float[Array, "B T"]:
-    """KL over the K slots as stored and the rest: Stable-RL@c6af1d11, to reproduce its runs."""
-    return divergence.topk_slots_kl(_topk(anchor), stats.topk_logp)
+    """KL over K slots, the sampled token's among them, and the rest: Stable-RL@c6af1d11's form."""
+    return divergence.topk_slots_kl(*_slots(stats, batch, anchor))
+
+
+def _slots(
+    stats: TokenStats, batch: Batch, anchor: AnchorLogps
+) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
+    """The stored slots of both policies, where the last is the sampled token's if none is.
+
+    What Stable-RL's rollout engines do to the K that they return (vllm_async_server.py).
+    """
+    rollout, stored = batch.rollout, _topk(anchor)
+    absent = ~(rollout.topk_ids == rollout.response_tokens[..., None]).any(-1, keepdims=True)
+    last = jnp.arange(stored.shape[-1]) == stored.shape[-1] - 1
+    replaced = absent & last
+    return (
+        jnp.where(replaced, anchor.logp[..., None], stored),
+        jnp.where(replaced, stats.logp[..., None], stats.topk_logp),
+    )
 
 
 def exact_tv_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Float[Array, "B T"]:
     """½ Σ_v |μ_v - π_v| over the whole vocabulary: what eqs. 13 and 15 of DPPO bound from below.
 
-    μ is the policy that sampled, scored by the trainer, whatever the anchor.
+    μ is the anchor's policy, scored by the trainer with the parameters that sampled
+    (rollout_anchor) or those before the step's updates (old_anchor).
     """
     return _exact("exact_tv", stats.exact_tv)
 
@@ -145,23 +163,26 @@ def exact_tv_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Fl
 def exact_kl_measure(stats: TokenStats, batch: Batch, anchor: AnchorLogps) -> Float[Array, "B T"]:
     """KL(μ || π) over the whole vocabulary: what eqs. 14 and 16 of DPPO bound from below.
 
-    μ is the policy that sampled, scored by the trainer, whatever the anchor.
+    μ is as in `exact_tv_measure`.
     """
     return _exact("exact_kl", stats.exact_kl)
 
 
-# What a measure asks of the training loop beside the rollout and the scored policy.
-MEASURE_NEEDS: dict[Measure, frozenset[Need]] = {
-    exact_tv_measure: frozenset({"exact_divergence"}),
-    exact_kl_measure: frozenset({"exact_divergence"}),
-}
+KL_MEASURES = (binary_kl_measure, topk_kl_measure, topk_slots_kl_measure, exact_kl_measure)
+
+
+def region_needs(measure: Measure, centre: Anchor) -> frozenset[Need]:
+    """What a region asks of the training loop beside the rollout and the scored policy."""
+    if measure not in (exact_tv_measure, exact_kl_measure):
+        return centre.needs
+    return centre.needs | {"exact_divergence_old" if centre.needs else "exact_divergence"}
 
 
 def _exact(name: str, value: Float[Array, "B T"] | None) -> Float[Array, "B T"]:
     if value is None:
         raise ValueError(
-            f"TokenStats.{name} is missing: score with the rollout's parameters "
-            '(Objective.needs must hold "exact_divergence")'
+            f"TokenStats.{name} is missing: score with the anchor's parameters "
+            '(Objective.needs must hold "exact_divergence" or "exact_divergence_old")'
         )
     return value
 

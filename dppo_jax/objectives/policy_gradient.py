@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
 from dppo_jax.objectives.measures import importance_ratio, surrogate_ratio
 from dppo_jax.objectives.metrics import token_metrics
-from dppo_jax.objectives.trust_region import TrustRegion
+from dppo_jax.objectives.trust_region import Decision, TrustRegion
 from dppo_jax.records import (
     Batch,
     LossSum,
@@ -47,12 +47,13 @@ def policy_gradient(
         raise ValueError(f"cap must be positive, got {cap}")
 
     def token_loss(stats: TokenStats, batch: Batch) -> TokenLoss:
-        keep, divergence, gate = region.decide(stats, batch)
+        verdict = region.decide(stats, batch)
         ratio = jnp.minimum(importance_ratio(stats.logp, batch.rollout.logp_rollout), cap)
-        weight = _gated(jnp.where(keep, ratio, 0.0), gate)
+        weight = _weight(verdict, ratio)
         # a weight of 0 is the limit of r·log π where π underflows: never 0 times infinity
         logp = jnp.where(weight > 0, stats.logp, 0.0)
-        return TokenLoss(-batch.advantages * weight * logp, keep, divergence)
+        loss = -batch.advantages * weight * logp
+        return TokenLoss(loss, verdict.keep, verdict.divergence, verdict.metrics)
 
     return _from_region(region, token_loss, aggregate)
 
@@ -71,10 +72,11 @@ def ratio_surrogate(
         raise ValueError(f"cap must be positive, got {cap}")
 
     def token_loss(stats: TokenStats, batch: Batch) -> TokenLoss:
-        keep, divergence, gate = region.decide(stats, batch)
+        verdict = region.decide(stats, batch)
         ratio = jnp.minimum(surrogate_ratio(stats.logp, batch.rollout.logp_rollout), cap)
-        weight = _gated(jnp.where(keep, ratio, 0.0), gate)
-        return TokenLoss(-batch.advantages * weight, keep, divergence)
+        weight = _weight(verdict, ratio)
+        loss = -batch.advantages * weight
+        return TokenLoss(loss, verdict.keep, verdict.divergence, verdict.metrics)
 
     return _from_region(region, token_loss, aggregate)
 
@@ -82,8 +84,10 @@ def ratio_surrogate(
 Form = Callable[..., Objective]  # (region, cap=, aggregate=): policy_gradient or ratio_surrogate
 
 
-def _gated(weight: Float[Array, "B T"], gate: Float[Array, "B T"] | None) -> Float[Array, "B T"]:
-    return weight if gate is None else weight * jax.lax.stop_gradient(gate)
+def _weight(verdict: Decision, ratio: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """The ratio of what is kept, scaled by the region's gate."""
+    weight = jnp.where(verdict.keep, ratio, 0.0)
+    return weight if verdict.gate is None else weight * jax.lax.stop_gradient(verdict.gate)
 
 
 TokenLossFunction = Callable[[TokenStats, Batch], TokenLoss]
@@ -164,7 +168,7 @@ def _objective(
         stats, batch = zero_padding(stats, batch)
         tokens = token_loss(stats, batch)
         weights = aggregate(mask)
-        loss_sum = jnp.sum(weights.token * jnp.where(mask, tokens.loss, 0.0))
+        loss_sum = jnp.sum(weights.token * _weighted(tokens.loss, batch))
         metrics = token_metrics(tokens.keep, tokens.divergence, stats, batch)
         metrics |= tokens.metrics or {}
         metrics["loss/policy"] = Mean(loss_sum, weights.total)
@@ -172,12 +176,21 @@ def _objective(
 
     def one_by_one(stats: TokenStats, batch: Batch) -> Float[Array, "B T"]:
         tokens = token_loss(*zero_padding(stats, batch))
-        return jnp.where(batch.rollout.response_mask, tokens.loss, 0.0)
+        return _weighted(tokens.loss, batch)
 
     local = TokenLocal(one_by_one, lambda mask: aggregate(mask).token)
     return Objective(
         loss, needs, local if scope == "token" else None, scope=scope, aggregate=aggregate
     )
+
+
+def _weighted(loss: Float[Array, "B T"], batch: Batch) -> Float[Array, "B T"]:
+    """Each token's loss times what rollout corrections give it; 0 outside response_mask."""
+    inside = batch.rollout.response_mask
+    if batch.loss_weights is None:
+        return jnp.where(inside, loss, 0.0)
+    weight = jnp.where(inside, jax.lax.stop_gradient(batch.loss_weights), 0.0)
+    return jnp.where(weight > 0, loss, 0.0) * weight  # never 0 times infinity
 
 
 _PER_TOKEN = (  # the fields of Batch with a value at each response token; None where not provided

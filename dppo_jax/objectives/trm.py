@@ -8,9 +8,9 @@ from jaxtyping import Array, Bool, Float
 
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
 from dppo_jax.objectives.measures import (
-    MEASURE_NEEDS,
     Anchor,
     Measure,
+    region_needs,
     rollout_anchor,
     topk_kl_measure,
 )
@@ -58,8 +58,7 @@ def sequence_bounded(
         whole = summary(distance, batch.rollout.response_mask)
         return Decision(whole <= by_sign(batch, delta_low, delta_high), distance)
 
-    needs = centre.needs | MEASURE_NEEDS.get(measure, frozenset())
-    return TrustRegion(decide, needs, "sequence")
+    return TrustRegion(decide, region_needs(measure, centre), "sequence")
 
 
 def trm_max(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dppo_jax.objectives.measures import MEASURE_NEEDS, Anchor, AnchorLogps, Measure
-from dppo_jax.records import Batch, Need, Scope, TokenStats
+from dppo_jax.objectives.measures import Anchor, AnchorLogps, Measure, region_needs
+from dppo_jax.records import Batch, Metrics, Need, Scope, TokenStats
 
 
 class Decision(NamedTuple):
@@ -17,6 +17,7 @@ class Decision(NamedTuple):
     keep: Bool[Array, "B T"]  # M of the formulas; meaningless outside response_mask
     divergence: Float[Array, "B T"] | None  # the measured distance; None where nothing is measured
     gate: Float[Array, "B T"] | None = None  # in [0, 1], scales what is kept; None: by 1
+    metrics: Metrics | None = None  # of the region's own, unreduced
 
 
 class TrustRegion(NamedTuple):
@@ -73,7 +74,7 @@ def bounded(
         outside = distance > by_sign(batch, delta_low, delta_high)
         return Decision(~(outside & moving_away(stats, batch, logps)), distance)
 
-    return TrustRegion(decide, centre.needs | MEASURE_NEEDS.get(measure, frozenset()))
+    return TrustRegion(decide, region_needs(measure, centre))
 
 
 def relax_rare(region: TrustRegion, *, alpha_low: float, alpha_high: float) -> TrustRegion:
@@ -88,6 +89,6 @@ def relax_rare(region: TrustRegion, *, alpha_low: float, alpha_high: float) -> T
         alpha = jnp.where(batch.advantages > 0, alpha_high, alpha_low)
         rare = jnp.exp(batch.rollout.logp_rollout) < alpha
         gate = None if verdict.gate is None else jnp.where(rare, 1.0, verdict.gate)
-        return Decision(verdict.keep | rare, verdict.divergence, gate)
+        return verdict._replace(keep=verdict.keep | rare, gate=gate)
 
     return TrustRegion(decide, region.needs, region.scope)

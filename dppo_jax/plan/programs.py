@@ -134,6 +134,7 @@ class Step:
         self.critic = None if s.critic is None else s.critic.build(s.model)
         self.needs = needs_of(s.objective, s.advantage, s.reward_penalty)
         self.exact = "exact_divergence" in s.objective.needs
+        self.exact_old = "exact_divergence_old" in s.objective.needs
         self._whole, self._rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
         self._key = laid_out(jax.eval_shape(jax.random.key, 0), self._whole)
         whole = self._parameters(self.model.abstract_params, self.model.logical_axes)
@@ -219,9 +220,10 @@ class Step:
 
     @property
     def _kept(self) -> float:
-        """Bytes a device of the copy of the parameters that sampled, where one is kept."""
+        """Bytes a device of the copies of parameters that exact divergences are from."""
         copied = self.exact or self.settings.exact_divergence_every > 0
-        return bytes_of(self.sampled_with) - bytes_of(self.base) if copied else 0.0
+        sampled = bytes_of(self.sampled_with) - bytes_of(self.base) if copied else 0.0
+        return sampled + (bytes_of(self.params) if self.exact_old else 0.0)
 
     @property
     def _while_sampling(self) -> float:
@@ -353,7 +355,8 @@ class Step:
             return self._array(shape, leaf.dtype, self._rows)
 
         whole, minibatch = laid_out(batch, self._rows), jax.tree.map(part, batch)
-        arguments = [self.state, minibatch, self.sampled_with if self.exact else None, self.base]
+        anchor = self.policy if self.exact_old else self.sampled_with if self.exact else None
+        arguments = [self.state, minibatch, anchor, self.base]
         tokens, microbatches = math.prod(minibatch.rollout.response_tokens.shape), s.microbatches
         if isinstance(function, PackedUpdate):
             function, (plan, tokens) = function.program, self._packed(minibatch.rollout)
@@ -366,7 +369,7 @@ class Step:
             "update",
             function,
             tuple(arguments),
-            waiting + (0.0 if self.exact else self._kept),
+            waiting + (0.0 if self.exact or self.exact_old else self._kept),
             runs=s.minibatches,
             # Chunks of the head's single pass, as many as there are when no token is left out.
             loop_trips=-(-local // chunk_tokens(local)),

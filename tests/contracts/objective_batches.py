@@ -67,6 +67,34 @@ def make_batch(
     return stats, replace(batch, uniform_logp_old=old_mean)
 
 
+def with_critic(stats, batch, *quantiles: int, seed: int = 0):
+    """The same tokens with a critic's values, now and before the update, and returns."""
+    rng = np.random.default_rng(seed)
+    now, old, returns = (
+        jnp.asarray(0.3 * rng.normal(size=(*stats.logp.shape, *quantiles)), jnp.float32)
+        for _ in range(3)
+    )
+    return replace(stats, values=now), replace(batch, values_old=old, returns=returns)
+
+
+def in_prompts(stats, batch, samples: int):
+    """The same rows as `samples` of each prompt."""
+    rollout, prompts = batch.rollout, len(stats.logp) // samples
+    rollout = replace(
+        rollout,
+        prompt_tokens=rollout.prompt_tokens[:prompts],
+        prompt_mask=rollout.prompt_mask[:prompts],
+    )
+    return stats, replace(batch, rollout=rollout)
+
+
+def suited_to(name, objective, stats, batch):
+    """The batch with what the method looks at beside its rows: a critic's values, pairs."""
+    if "values" in objective.needs:
+        return with_critic(stats, batch, *([5] if name == "dvpo" else []))
+    return in_prompts(stats, batch, 2) if objective.scope == "prompt" else (stats, batch)
+
+
 def from_probabilities(mu, pi, advantages, old=None) -> tuple[TokenStats, Batch]:
     """One sequence whose tokens have these probabilities; no top-K slots."""
     mu, pi, advantages = (jnp.asarray([row], jnp.float32) for row in (mu, pi, advantages))
@@ -88,8 +116,9 @@ def from_probabilities(mu, pi, advantages, old=None) -> tuple[TokenStats, Batch]
 
 
 def take_rows(tree, rows):
-    """The sequences `rows` of stats or of a batch."""
-    return jax.tree.map(lambda values: values[rows], tree)
+    """The sequences `rows` of stats or of a batch, whose prompts are all the same."""
+    every = max(map(len, jax.tree.leaves(tree)))
+    return jax.tree.map(lambda values: values[rows] if len(values) == every else values, tree)
 
 
 def scribble_padding(stats, batch, columns):

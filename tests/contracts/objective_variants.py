@@ -34,6 +34,7 @@ OPTIONS = [
     Variant("dppo_binary_tv asymmetric", o.dppo_binary_tv(delta_low=0.05, delta_high=0.3)),
     Variant("dppo_binary_tv differentiable", o.dppo_binary_tv(form=o.ratio_surrogate)),
     Variant("dppo_topk_kl recomputed", o.dppo_topk_kl(anchor=o.old_anchor)),
+    Variant("dppo_exact_tv recomputed", o.dppo_exact_tv(anchor=o.old_anchor)),
     Variant("dppo_binary_kl seq mean", o.dppo_binary_kl(aggregate=o.seq_mean_token_mean)),
     Variant("dppo_binary_tv horizon", o.dppo_binary_tv(aggregate=HORIZON)),
     Variant("grpo recomputed", o.grpo(anchor=o.old_anchor)),
@@ -49,6 +50,7 @@ OPTIONS = [
         "grpo_mis geometric", o.corrected(o.gspo(anchor=o.old_anchor), o.geometric_mask(0.8, 1.25))
     ),
     Variant("grpo_opsm token", o.corrected(o.drpo(), o.opsm_token())),
+    Variant("rebel weighted", o.corrected(o.rebel(anchor=o.old_anchor), o.sequence_tis())),
     Variant(
         "grpo_icepop product",
         o.corrected(
@@ -56,13 +58,7 @@ OPTIONS = [
         ),
     ),
 ]
-# Methods with a critic are one of these and a term of values, whose laws test_terms.py holds; rebel
-# compares samples of a prompt, which these batches do not have: test_regression_methods.py.
-VARIANTS = [
-    Variant(method.name, method.factory())
-    for method in METHODS
-    if "values" not in method.needs and method.name != "rebel"
-] + OPTIONS
+VARIANTS = [Variant(method.name, method.factory()) for method in METHODS] + OPTIONS
 
 # Score-function losses, -A · min(r, C) · M · log π: their caps, where they have one.
 SCORES = {
@@ -71,7 +67,7 @@ SCORES = {
     "dppo_topk_kl recomputed": None, "dppo_binary_kl seq mean": None, "cppo": None,
     "dppo_binary_tv horizon": None, "grpo": None, "grpo recomputed": None, "cppo_kl": None,
     "grpo_clip_higher": None, "grpo_relaxed": None, "minirl": None, "minirl_tis": 3.0,
-    "dppo_exact_tv": None, "dppo_exact_kl": None, "capo": None,
+    "dppo_exact_tv": None, "dppo_exact_kl": None, "capo": None, "dppo_exact_tv recomputed": None,
     "mask_bad_updates": None, "pg_is": None, "pg_tis": 3.0, "trm_max": None, "trm_avg": None,
 }  # fmt: skip
 
@@ -86,6 +82,8 @@ EXEMPT = {
         "clip_cov": "drops random tokens whatever the policy is",
         "capo": "drops by curvature, on policy too",
         "rover": "regresses on the advantage: twice as much, and on the next state",
+        "rebel": "regresses on the difference of advantages",
+        "rebel weighted": "regresses on the difference of advantages",
     },
     "moving back is kept": {
         "trm_max": "drops whole sequences whatever their direction",
@@ -94,6 +92,8 @@ EXEMPT = {
         "trm_avg wide": "drops whole sequences whatever their direction",
         "vespo": "its weight closes on both sides",
         "rover": "regresses on a target on both sides",
+        "rebel": "regresses on a target on both sides",
+        "rebel weighted": "regresses on a target on both sides",
         "bapo": "dual clip",
         "ppo_clip dual": "dual clip",
         "clip_cov": "drops random tokens whatever their direction",
@@ -107,6 +107,8 @@ EXEMPT = {
         "dro": "its square pulls towards the anchor",
         "r2vpo": "its penalty pulls towards the anchor",
         "rover": "regresses on the target that is left, which is the next state's",
+        "rebel": "regresses on the target that is left, which is no difference",
+        "rebel weighted": "regresses on the target that is left, which is no difference",
         "kl_cov": "its penalty pulls towards the anchor",
         "cpgd drift": "its drift pulls towards the anchor",
     },
@@ -116,5 +118,7 @@ EXEMPT = {
     },
     "what is dropped is silent": {
         "cpgd drift": "its drift is of all tokens, clipped ones too",
+        "rebel": "drops nothing, but what has no partner is silent",
+        "rebel weighted": "drops nothing, but what has no partner is silent",
     },
 }

@@ -1,6 +1,6 @@
 """What every objective must do, over the table of methods and some of their options.
 
-One compiled function an objective: all batches have the shape of BATCH.
+One compiled function an objective: all batches have the shape of PLAIN.
 """
 
 from dataclasses import replace
@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_batches import loss_and_gradient, make_batch, scribble_padding, take_rows
+from objective_batches import (
+    loss_and_gradient,
+    make_batch,
+    scribble_padding,
+    suited_to,
+    take_rows,
+)
 from objective_variants import EXEMPT, SCORES, VARIANTS, WEIGHTED
 
 from dppo_jax import objectives as o
@@ -39,7 +45,7 @@ COMMON_METRICS = {
     for sign in ("positive", "negative")
 }
 ROWS, COLUMNS = 6, 13
-BATCH = make_batch(seed=4, b=ROWS, t=COLUMNS)
+PLAIN = make_batch(seed=4, b=ROWS, t=COLUMNS)
 AGGREGATIONS = (o.token_mean, o.seq_mean_token_mean, o.seq_mean_token_sum_norm)
 
 
@@ -53,8 +59,13 @@ def compiled(variant):
 
 
 @cache
+def batch_of(variant):
+    return suited_to(variant.method, variant.objective, *PLAIN)
+
+
+@cache
 def evaluated(variant):
-    return compiled(variant)(*BATCH)
+    return compiled(variant)(*batch_of(variant))
 
 
 def exempt(variant, contract):
@@ -74,12 +85,12 @@ def assert_same(left, right, **tolerance):
 
 def test_says_what_it_needs(variant):
     """What is missing is refused by those who need it, in one line, and by no others."""
-    stats, batch = BATCH
-    bare = replace(stats, exact_tv=None, exact_kl=None, last_layer=None)
+    stats, batch = batch_of(variant)
+    bare = replace(stats, exact_tv=None, exact_kl=None, last_layer=None, values=None)
     bare_batch = replace(batch, logp_old=None, topk_logp_old=None)
     call = variant.objective.loss
     if variant.objective.needs:
-        with pytest.raises(ValueError, match="logp_old|exact_divergence|last_layer"):
+        with pytest.raises(ValueError, match="logp_old|exact_divergence|last_layer|critic"):
             jax.eval_shape(call, bare, bare_batch)
     else:
         jax.eval_shape(call, bare, bare_batch)
@@ -96,7 +107,7 @@ def test_metrics_are_unreduced_and_complete(variant):
 def test_dropped_tokens_have_no_gradient_and_others_do(variant):
     """mask/fraction counts, among tokens with A ≠ 0, exactly those without gradient."""
     exempt(variant, "what is dropped is silent")
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     result, gradient = evaluated(variant)
     mask = np.asarray(batch.rollout.response_mask)
     silent = np.asarray(gradient.logp) == 0
@@ -115,7 +126,7 @@ def test_the_policys_gradient_is_the_masked_weighted_score(variant):
     """d loss_sum / d logp is 0 or -A min(r, C) times the token's weight."""
     if variant.name not in SCORES:
         pytest.skip("not a score-function loss")
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     result, gradient = evaluated(variant)
     mask = np.asarray(batch.rollout.response_mask)
     ratio = np.exp(np.asarray(stats.logp, np.float64) - np.asarray(batch.rollout.logp_rollout))
@@ -137,7 +148,7 @@ def test_the_gradient_is_the_values_or_that_of_a_weighted_score(variant):
 
     Both sides of the difference are the compiled function's own values, in float32.
     """
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     result, gradient = evaluated(variant)
     if variant.name in SCORES or variant.name in WEIGHTED:
         mask = np.asarray(batch.rollout.response_mask)
@@ -158,7 +169,7 @@ def test_the_gradient_is_the_values_or_that_of_a_weighted_score(variant):
 def test_on_policy_it_is_reinforce(variant):
     """Where π = old = μ the gradient is -A times the aggregation's weight of the token."""
     exempt(variant, "on policy it is REINFORCE")
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     rollout = batch.rollout
     on_policy = replace(stats, logp=rollout.logp_rollout, topk_logp=rollout.topk_logp_rollout)
     batch = replace(batch, logp_old=rollout.logp_rollout, topk_logp_old=rollout.topk_logp_rollout)
@@ -173,7 +184,7 @@ def test_on_policy_it_is_reinforce(variant):
 def test_moving_back_is_kept(variant):
     """With A > 0 and π below both μ and old (or A < 0 and above), every token is kept."""
     exempt(variant, "moving back is kept")
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     sign = jnp.asarray(np.where(np.arange(ROWS) % 2, 1.0, -1.0)[:, None], jnp.float32)
     low = jnp.minimum(batch.rollout.logp_rollout, batch.logp_old)
     high = jnp.maximum(batch.rollout.logp_rollout, batch.logp_old)
@@ -190,19 +201,20 @@ def test_moving_back_is_kept(variant):
 
 
 def test_without_advantage_there_is_no_gradient(variant):
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     result, gradient = compiled(variant)(
         stats, replace(batch, advantages=jnp.zeros_like(batch.advantages))
     )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((result, gradient)))
     assert result.metrics["mask/fraction"] == Mean(0.0, 0.0)
     exempt(variant, "no advantage, no gradient")
-    assert result.loss_sum == 0 and not gradient.logp.any()
+    assert not gradient.logp.any()
+    assert result.loss_sum == 0 or "values" in variant.objective.needs  # its critic still learns
 
 
 def test_padding_changes_nothing(variant):
     """Whatever stands outside response_mask, NaN included, in value, metrics or gradient."""
-    result, gradient = compiled(variant)(*scribble_padding(*BATCH, columns=0))
+    result, gradient = compiled(variant)(*scribble_padding(*batch_of(variant), columns=0))
     assert_same(result, evaluated(variant)[0], rtol=1e-6)
     assert_same(gradient, evaluated(variant)[1], rtol=1e-6)
 
@@ -211,7 +223,7 @@ def test_columns_without_tokens_change_nothing(variant):
     """The first columns alone, where the rest is padding."""
     if variant.name == "dr_grpo":
         pytest.skip("its default horizon is the number of columns")
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     mask = np.asarray(batch.rollout.response_mask) & (np.arange(COLUMNS) < 7)
     batch = with_mask(batch, mask)
     wide, gradient = compiled(variant)(stats, batch)
@@ -229,12 +241,14 @@ def test_columns_without_tokens_change_nothing(variant):
 def test_sums_add_over_microbatches(variant):
     """Any split by sequences gives the same sums, metrics and gradient."""
     whole, gradient = evaluated(variant)
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     if variant.objective.statistics is not None:
         assert variant.objective.scope == "batch"
         batch = replace(batch, statistics=variant.objective.statistics(stats, batch))
     mask = np.asarray(batch.rollout.response_mask)
-    first = np.isin(np.arange(ROWS), [0, 3, 5])[:, None]
+    # a prompt's samples stay together where they are compared
+    rows = [0, 1] if variant.objective.scope == "prompt" else [0, 3, 5]
+    first = np.isin(np.arange(ROWS), rows)[:, None]
     parts = [compiled(variant)(stats, with_mask(batch, mask & part)) for part in (first, ~first)]
     results = [result for result, _ in parts]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
@@ -245,8 +259,10 @@ def test_sums_add_over_microbatches(variant):
 
 
 def test_order_of_sequences_changes_nothing(variant):
-    order = np.array([4, 2, 5, 0, 1, 3])
-    result, gradient = compiled(variant)(*take_rows(BATCH, order))
+    """Nor that of a group's samples, and of the groups."""
+    in_groups = variant.objective.scope == "prompt"
+    order = np.array([5, 4, 0, 1, 3, 2] if in_groups else [4, 2, 5, 0, 1, 3])
+    result, gradient = compiled(variant)(*take_rows(batch_of(variant), order))
     assert_same(result, evaluated(variant)[0], rtol=2e-5, atol=2e-6)
     assert_same(gradient, take_rows(evaluated(variant)[1], order), rtol=2e-5, atol=1e-8)
 
@@ -257,7 +273,7 @@ def test_a_token_alone_has_the_loss_that_it_has_among_others(variant):
     assert (local is not None) == (variant.objective.scope == "token")
     if local is None:
         pytest.skip("looks at other tokens")
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     rows = by_token(batch)
     alone = jax.tree.map(lambda leaf: leaf.reshape(ROWS * COLUMNS, 1, *leaf.shape[2:]), stats)
     weights = local.weights(batch.rollout.response_mask).reshape(-1, 1)
@@ -266,13 +282,14 @@ def test_a_token_alone_has_the_loss_that_it_has_among_others(variant):
 
 
 def test_weight_sum_ignores_the_policy(variant):
-    _, batch = BATCH
+    stats, batch = batch_of(variant)
     other, _ = make_batch(seed=3, b=ROWS, t=COLUMNS)
+    other = replace(other, values=stats.values)
     assert compiled(variant)(other, batch)[0].weight_sum == evaluated(variant)[0].weight_sum
 
 
 def test_no_token_at_all_gives_zeros(variant):
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     nothing = np.zeros((ROWS, COLUMNS), bool)
     result, gradient = compiled(variant)(stats, with_mask(batch, nothing))
     assert result.loss_sum == 0 and result.weight_sum == 0
@@ -288,7 +305,7 @@ EXTREMES = [0.0, -1e-7, -30.0, -80.0, -1e4]
 @pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "whole sequences"])
 def test_finite_at_extremes(variant, mixed):
     """Every pair of extreme log-probabilities (ratios up to e^10000), every sign of A."""
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     pairs = np.stack(np.meshgrid(EXTREMES, EXTREMES), -1).reshape(-1, 2)
     pairs = np.concatenate([pairs, [(-1.0, -1.0)]])  # 26: two sequences of 13
     if mixed:
@@ -303,24 +320,30 @@ def test_finite_at_extremes(variant, mixed):
         ]
     for mu, pi, signs in runs:
         mu, pi = jnp.asarray(mu, jnp.float32), jnp.asarray(pi, jnp.float32)
+        others = jnp.full_like(stats.topk_logp, -1e4)  # the first slot is the sampled token's
+        ids = batch.rollout.topk_ids.at[..., 0].set(batch.rollout.response_tokens)
         rollout = replace(
             batch.rollout,
             response_mask=jnp.ones((ROWS, COLUMNS), jnp.bool_),
             logp_rollout=mu,
+            topk_ids=ids,
+            topk_logp_rollout=others.at[..., 0].set(mu),
         )
         extreme = replace(
             batch,
             rollout=rollout,
             advantages=jnp.broadcast_to(jnp.asarray(signs, jnp.float32), (ROWS, COLUMNS)),
             logp_old=mu,
+            topk_logp_old=rollout.topk_logp_rollout,
         )
-        outcome = compiled(variant)(replace(stats, logp=pi), extreme)
+        scored = replace(stats, logp=pi, topk_logp=others.at[..., 0].set(pi))
+        outcome = compiled(variant)(scored, extreme)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome))
 
 
 def test_types_are_kept(variant):
     """bfloat16 statistics: sums and metrics are float32, gradients have their input's type."""
-    stats, batch = BATCH
+    stats, batch = batch_of(variant)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), stats)
     batch = replace(batch, objective_state=variant.objective.initial_state)
 

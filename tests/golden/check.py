@@ -47,7 +47,10 @@ def batch_of(case: dict, mode: Mode, old_is: str, topk: Topk | None) -> tuple[To
     rollout = Rollout(
         prompt_tokens=jnp.zeros((b, 0), jnp.int32),
         prompt_mask=jnp.zeros((b, 0), jnp.bool_),
-        response_tokens=jnp.asarray(case.get("token_ids", np.zeros((b, t))), jnp.int32),
+        # a recording of K slots does not say which token was sampled: one that they hold
+        response_tokens=jnp.asarray(
+            topk.ids[..., 0] if topk else case.get("token_ids", np.zeros((b, t))), jnp.int32
+        ),
         response_mask=mask,
         logp_rollout=jnp.asarray(case[mode.rollout_is or old_is]),
         topk_ids=jnp.asarray(topk.ids if topk else slots, jnp.int32),

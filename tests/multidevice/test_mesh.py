@@ -116,9 +116,9 @@ def test_a_batch_that_the_mesh_does_not_divide(toy_recipe, tmp_path):
 
 
 def test_objectives_do_not_see_how_a_batch_is_spread():
-    """Those that look at whole sequences or at the whole batch, on rows over eight devices."""
+    """Those that look at whole sequences, at pairs or at the batch, on rows over eight devices."""
     done = with_eight_devices(HERE / "sharded_objectives.py")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["devices"] == 8 and len(found["differences"]) == 8
+    assert found["devices"] == 8 and len(found["differences"]) > 20
     assert max(found["differences"].values()) < 2e-5, found
