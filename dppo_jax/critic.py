@@ -1,6 +1,7 @@
 """A critic: a head on the hidden states of a second decoder of its own, or on the policy's.
 
-Both kinds have `optimizer`, `config`, `init_sharded` and `values`; settings `build` them.
+Both kinds have `optimizer`, `config`, `outputs`, `init_sharded` and `values`; settings `build`
+them.
 """
 
 import dataclasses
@@ -71,7 +72,7 @@ class Critic:
 
     def __init__(self, settings: ValueModel, policy: DecoderConfig):
         self.optimizer = settings.optimizer
-        self._outputs = settings.outputs
+        self.outputs = settings.outputs
         self._copies_policy = settings.decoder is None
         self._model = Model(settings.decoder or policy)
 
@@ -87,7 +88,7 @@ class Critic:
     def init(self, key: Array, policy: Params) -> Params:
         """Fresh parameters; the head is zero, and so is every value at first."""
         decoder = jax.tree.map(jnp.copy, policy) if self._copies_policy else self._model.init(key)
-        shape = (self.config.width, self._outputs or 1)
+        shape = (self.config.width, self.outputs or 1)
         return {
             "decoder": decoder,
             "head": {"weight": jnp.zeros(shape), "bias": jnp.zeros(shape[1:])},
@@ -110,7 +111,7 @@ class Critic:
         alone = dataclasses.replace(rollout, prompt_experts=None, experts=None)
         hidden, *_ = token_states(self._model.bind(params["decoder"]), alone)
         values = packing.back(_affine(hidden.astype(jnp.float32), params["head"]), rollout)
-        return values[..., 0] if self._outputs is None else values
+        return values[..., 0] if self.outputs is None else values
 
 
 class HeadCritic:
@@ -118,6 +119,7 @@ class HeadCritic:
 
     def __init__(self, settings: ValueHead, policy: DecoderConfig):
         self.optimizer, self.config = settings.optimizer, policy
+        self.outputs = settings.outputs
         self._settings = settings
 
     @property
@@ -129,7 +131,7 @@ class HeadCritic:
 
     def init(self, key: Array, policy: Params) -> Params:
         """Fresh parameters; the last product is zero, and so is every value at first."""
-        width, outputs = self.config.width, self._settings.outputs or 1
+        width, outputs = self.config.width, self.outputs or 1
         params: Params = {}
         if self._settings.hidden is not None:
             shape = (width, self._settings.hidden)
@@ -156,7 +158,7 @@ class HeadCritic:
         if "inner" in params:
             x = jax.nn.silu(_affine(x, params["inner"]))
         values = packing.back(_affine(x, params["head"]), rollout)
-        return values[..., 0] if self._settings.outputs is None else values
+        return values[..., 0] if self.outputs is None else values
 
 
 def _affine(x: Array, layer: Params) -> Array:

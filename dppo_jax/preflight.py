@@ -5,7 +5,9 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from dppo_jax.advantages import Estimator
 from dppo_jax.critic import Critic, HeadCritic
+from dppo_jax.dry_call import dry_call
 from dppo_jax.models.decoder import DecoderConfig
 from dppo_jax.multihost import is_writer
 from dppo_jax.prompts.tokenizers import Tokenizer
@@ -124,6 +126,7 @@ def _check_model_divides(model: DecoderConfig, mesh: Mesh) -> None:
 def check_needs(
     needs: frozenset[Need],
     objective: Objective,
+    advantage: Estimator,
     critic: Critic | HeadCritic | None,
     tokenizer: Tokenizer,
     mesh: Mesh,
@@ -146,6 +149,7 @@ def check_needs(
                 "the objective or the advantage estimator needs a critic: set train.critic to "
                 "critic.ValueModel()"
             )
+        dry_call(objective, advantage, critic, sampling)
         return
     if "values" not in objective.needs:
         raise ValueError(
@@ -157,6 +161,7 @@ def check_needs(
             f"{critic.config.vocab_size}: set it to at least the tokenizer's"
         )
     _check_model_divides(critic.config, mesh)
+    dry_call(objective, advantage, critic, sampling)
 
 
 def write_files(directory: Path, texts: Mapping[str, str]) -> None:

@@ -148,7 +148,7 @@ def train(
         model, tokenizer, sampling, devices, steps, prompts_per_step, minibatches, microbatches,
         max_prompt_tokens, rollout_batches,
     )  # fmt: skip
-    check_needs(needs, objective, valued, tokenizer, devices, sampling)
+    check_needs(needs, objective, advantage, valued, tokenizer, devices, sampling)
     check_routing(model, routing)
     recording = dataclasses.replace(sampling, record_experts=routing == "replay")
 

@@ -3,13 +3,18 @@
 import inspect
 import json
 import re
+from functools import partial
 from pathlib import Path
 
+import optax
 import pytest
 
-from dppo_jax import objectives
+from dppo_jax import advantages, objectives
+from dppo_jax.critic import ValueModel
+from dppo_jax.dry_call import dry_call
 from dppo_jax.objectives.methods import METHODS
 from dppo_jax.records import Objective
+from dppo_jax.sampling.generate import SamplingConfig
 
 REPOSITORY = Path(__file__).parent.parent
 FILES = {path.stem: path for path in (REPOSITORY / "configs" / "algorithms").glob("*.gin")}
@@ -52,6 +57,31 @@ def test_rows_tell_the_truth(method):
     assert method.source and len(method.summary) < 75
     assert ("Assumed here" in inspect.getdoc(method.factory)) >= method.experimental
     json.dumps(method.as_dict())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_rows_get_by_with_what_they_say_that_they_need(method, tiny):
+    critic, advantage = None, advantages.group_mean_baseline
+    if "values" in method.needs:
+        outputs = 5 if method.name == "dvpo" else None
+        critic = ValueModel(optax.sgd(0.1), outputs).build(tiny[0].config)
+        advantage = advantages.gae if outputs is None else advantages.distributional_gae
+    sampling = SamplingConfig(max_new_tokens=3, samples_per_prompt=2, top_k_capture=4)
+    dry_call(method.factory(), advantage, critic, sampling)
+
+
+def test_a_dry_call_tells_what_would_be_refused(tiny):
+    sampling = SamplingConfig(max_new_tokens=3, samples_per_prompt=2, top_k_capture=4)
+    quantiles = ValueModel(optax.sgd(0.1), 5).build(tiny[0].config)
+    three = partial(advantages.pass_at_k, k=3)
+    for objective, advantage, critic, message in (
+        (objectives.grpo(), three, None, "got k=3 of 2"),
+        (objectives.grpo(), lambda rewards: rewards[0], None, r"the advantage estimator gave \(2,"),
+        (objectives.ppo_critic(), advantages.distributional_gae, quantiles, "critic of one value"),
+        (objectives.minirl()._replace(needs=frozenset()), advantages.gpg, None, "logp_old"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dry_call(objective, advantage, critic, sampling)
 
 
 def test_dppo_methods(dppo):

@@ -117,7 +117,10 @@ def sequence_tis(cap: float = 5.0, policy: Callable[[], Corrected] = old_policy)
 def icepop(
     lowest: float = 0.5, highest: float = 5.0, policy: Callable[[], Corrected] = old_policy
 ) -> Correction:
-    """IcePop: ρ·1[lowest <= ρ <= highest] a token; bounds of NeMo-RL@7ea279ab's reference."""
+    """IcePop: ρ·1[lowest <= ρ <= highest] a token; bounds of NeMo-RL@7ea279ab's reference.
+
+    With `lowest` 0 it is masked importance sampling a token; `sequence_mis` is both a sequence.
+    """
     return _by_token(lambda log_rho: _inside(jnp.exp(log_rho), lowest, highest), policy)
 
 
