@@ -9,18 +9,18 @@ import importlib.util
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dppo_jax.bench import matmul_peak, seconds_of
 from dppo_jax.console import Console
 from dppo_jax.kernels.head import fused_loss, head
+from dppo_jax.kernels.plain import chunked, naive
 from dppo_jax.kernels.single_pass import TokenTerms
 
-SEQUENCE_CHUNK = 512  # tokens of the form "chunked"
 ENTROPY_BONUS = 1e-3
 # Products of N x D x V that a form makes, forward and with the backward pass: 2 flops each.
 PRODUCTS = {
@@ -29,7 +29,7 @@ PRODUCTS = {
     "xla": (1, 4),
     "pallas_tpu": (1, 4),
     "single_pass": (1, 3),
-    "tokamax": (1, 4),
+    "tokamax": (1, 3),  # at least: its kernel for TPUs computes logits again
 }
 
 Form = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -40,32 +40,14 @@ def losses(terms: TokenTerms, advantages: jax.Array) -> jax.Array:
     return -advantages * terms.logp[:, 0] - ENTROPY_BONUS * terms.entropy
 
 
-def naive(hidden, unembedding, ids, advantages):
-    """All N x V logits in float32, differentiated by JAX."""
-    terms = _naive_terms(hidden, unembedding, ids)
-    return losses(terms, advantages).sum(), terms
+def plain(terms_of: Callable[..., TokenTerms]) -> Form:
+    """One of the forms that the head is compared with."""
 
+    def form(hidden, unembedding, ids, advantages):
+        terms = terms_of(hidden, unembedding, ids)
+        return losses(terms, advantages).sum(), terms
 
-def _naive_terms(hidden, unembedding, ids) -> TokenTerms:
-    z = jnp.dot(hidden, unembedding.T, preferred_element_type=jnp.float32)
-    log_p = jax.nn.log_softmax(z, axis=-1)
-    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-    return TokenTerms(jnp.take_along_axis(log_p, ids, axis=-1), entropy)
-
-
-def chunked(hidden, unembedding, ids, advantages):
-    """`naive` over chunks of tokens, each recomputed in the backward pass: what most stacks do."""
-    tokens = len(hidden)
-    size = max(d for d in range(1, min(SEQUENCE_CHUNK, tokens) + 1) if tokens % d == 0)
-
-    @jax.checkpoint
-    def one(chunk):
-        return _naive_terms(chunk[0], unembedding, chunk[1])
-
-    parts = [leaf.reshape(-1, size, leaf.shape[-1]) for leaf in (hidden, ids)]
-    terms = jax.lax.map(one, tuple(parts))
-    terms = TokenTerms(terms.logp.reshape(tokens, -1), terms.entropy.reshape(-1))
-    return losses(terms, advantages).sum(), terms
+    return form
 
 
 def two_pass(body: str) -> Form:
@@ -86,16 +68,19 @@ def single_pass(hidden, unembedding, ids, advantages):
 
 def tokamax(hidden, unembedding, ids, advantages):
     """tokamax's fused cross-entropy: the sampled token alone, no entropy, no stored ids, mean."""
+    from absl import flags
     from tokamax import linear_softmax_cross_entropy_loss
 
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(sys.argv[:1])  # or tokamax takes the command line for its own
     return linear_softmax_cross_entropy_loss(
         hidden, ids[:, 0], unembedding.T, reduction="mean"
     ), None
 
 
 FORMS: dict[str, Form] = {
-    "naive": naive,
-    "chunked": chunked,
+    "naive": plain(naive),
+    "chunked": plain(chunked),
     "xla": two_pass("xla"),
     "pallas_tpu": two_pass("pallas_tpu"),
     "single_pass": single_pass,

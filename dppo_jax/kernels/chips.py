@@ -1,8 +1,9 @@
 """What is known of each accelerator, and the environment in which libtpu compiles without one.
 
-Imports nothing: the environment must be set before JAX is imported.
+Imports no JAX: the environment must be set before it is imported.
 """
 
+import re
 from typing import NamedTuple
 
 GIB = 2**30
@@ -48,3 +49,13 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+def bytes_asked_for(message: str) -> float | None:
+    """Bytes a program needs, of libtpu's words when memory has run out; None if it has not."""
+    if "memory" not in message.lower():
+        return None
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    found = found or re.search(r"total memory required[^(]*\(([\d.]+)([KMGT]?)\)", message)
+    return float(found[1]) * _UNITS[found[2]] if found else None

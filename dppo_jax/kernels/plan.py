@@ -5,11 +5,13 @@ because libtpu reads its environment when JAX starts.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,25 +20,13 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dppo_jax.kernels import single_pass, xla
-from dppo_jax.kernels.chips import CHIPS, ENVIRONMENT
+from dppo_jax.kernels import plain, single_pass, xla
+from dppo_jax.kernels.chips import CHIPS, ENVIRONMENT, bytes_asked_for
 from dppo_jax.kernels.head import head
-from dppo_jax.kernels.single_pass import fused_loss_and_grad
+from dppo_jax.kernels.single_pass import TokenTerms, fused_loss_and_grad
 
 # (N, D, V): Qwen3-8B, Gemma3-4B, Qwen3-0.6B.
 SHAPES = ((16384, 4096, 151936), (16384, 2560, 262144), (8192, 1024, 151936))
-
-
-def _loss(x, w, ids):
-    out = head(x, w, ids, stored_gradient=False)
-    return jnp.sum(out.logit_at[:, 0] - out.lse) + jnp.sum(out.entropy), out.logit_at
-
-
-def _fused_loss(x, w, ids):
-    def losses(terms, rows):
-        return terms.logp[:, 0] + terms.entropy
-
-    return fused_loss_and_grad(losses, x, w, ids, (), stored_gradient=False)
 
 
 class Form(NamedTuple):
@@ -46,22 +36,53 @@ class Form(NamedTuple):
     flops: int  # in units of NDV
     reads: int  # of the unembedding and of hidden; what a perfect cache would leave
     writes: int  # of their gradients
-    trips: Callable[[int, int], int]  # of its loop, which XLA's cost analysis counts once
+    trips: Callable[[int, int], int]  # of its loops, which XLA's cost analysis counts once
     before_loop: str | None  # the form whose program runs before the loop
     multiplied_by_xla: bool  # every product with W; the Pallas forward takes W as arguments come
 
 
+def _losses(terms: TokenTerms, rows: Any) -> jax.Array:
+    return terms.logp[:, 0] + terms.entropy
+
+
+def _gradients(terms_of: Callable) -> Callable:
+    def loss(x, w, ids):
+        terms = terms_of(x, w, ids)
+        return jnp.sum(_losses(terms, ())), terms.logp
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)
+
+
+def _two_passes(body: str) -> Callable:
+    def terms_of(x, w, ids):
+        out = head(x, w, ids, stored_gradient=False, body=body)
+        return TokenTerms(out.logit_at - out.lse[:, None], out.entropy)
+
+    return _gradients(terms_of)
+
+
+def _single_pass(x, w, ids):
+    return fused_loss_and_grad(_losses, x, w, ids, (), stored_gradient=False)
+
+
+def _column_chunks(tokens: int, vocabulary: int) -> int:
+    return -(-vocabulary // xla.chunk_columns(tokens, vocabulary))
+
+
+FORWARD = "pallas_tpu_forward"
+# All with the gradients of hidden and unembedding, but FORWARD.
 FORMS = {
-    "forward": Form(head, 2, 1, 0, lambda tokens, vocabulary: 1, None, False),
-    "forward_backward": Form(
-        jax.value_and_grad(_loss, (0, 1), has_aux=True), 8, 2, 1,
-        lambda tokens, vocabulary: -(-vocabulary // xla.chunk_columns(tokens, vocabulary)),
-        "forward", False,
+    "naive": Form(_gradients(plain.naive), 6, 1, 1, lambda *_: 1, None, True),
+    "chunked": Form(
+        _gradients(plain.chunked), 8, 2, 1,
+        lambda tokens, vocabulary: tokens // plain.chunk_size(tokens), None, True,
     ),
+    "xla": Form(_two_passes("xla"), 8, 2, 1, _column_chunks, None, True),
+    FORWARD: Form(partial(head, body="pallas_tpu"), 2, 1, 0, lambda *_: 1, None, False),
+    "pallas_tpu": Form(_two_passes("pallas_tpu"), 8, 2, 1, _column_chunks, FORWARD, False),
     "single_pass": Form(
-        _fused_loss, 6, 1, 1,
-        lambda tokens, vocabulary: -(-tokens // single_pass.chunk_tokens(tokens)),
-        None, True,
+        _single_pass, 6, 1, 1,
+        lambda tokens, vocabulary: -(-tokens // single_pass.chunk_tokens(tokens)), None, True,
     ),
 }  # fmt: skip
 
@@ -69,17 +90,20 @@ FORMS = {
 def compile_table(
     chips: Iterable[str] = ("v5e", "v5p", "v6e", "7x"),
     shapes: Iterable[tuple[int, int, int]] = SHAPES,
-    forms: Iterable[str] = ("forward", "forward_backward"),
+    forms: Iterable[str] = FORMS,
     stored: int = 20,
 ) -> list[dict[str, Any]]:
     """One row a chip, shape (N, D, V) and form: bfloat16, J = 1 + stored ids, compiled with libtpu.
 
     A row holds `chip`, `form`, `tokens`, `width`, `vocabulary`, `stored`;
-    `temporary_bytes` and `temporary_share` (of N x V float32 logits), beyond arguments and results;
-    `flops` and `bytes` of the compiled program, its loop counted as often as it runs;
-    `compiler_seconds`, XLA's `optimal_seconds` likewise, None where XLA has no number (for the
-    Pallas kernel it is what the kernel's own flops and bytes take at the chip's peaks);
     `roofline_seconds`, the larger of 2, 8 or 6 NDV flops and the least traffic at the chip's peaks;
+    `fits`. Where it is False the compiler found too little memory, `needed_bytes` is what it asked
+    for, arguments and results included, and nothing else is known. Else
+    `temporary_bytes` and `temporary_share` (of N x V float32 logits), beyond arguments and results;
+    `flops` and `bytes` of the compiled program, its loops counted as often as they run;
+    `compiler_seconds`, XLA's `optimal_seconds` likewise, None where XLA has none (for the Pallas
+    kernel it is what the kernel's own flops and bytes take at the chip's peaks);
+    `unknown_operations`, for which XLA has no figure: they are left out of `compiler_seconds`;
     `compile_seconds`. Raises ValueError for names that are not in `CHIPS` and `FORMS`, RuntimeError
     with libtpu's words where it cannot compile.
     """
@@ -144,39 +168,51 @@ def _row(
             program = jitted.trace(*arguments)
             executable = program.lower(lowering_platforms=("tpu",)).compile()
             analysis = executable.cost_analysis()
+            seconds = analysis.get("optimal_seconds", math.nan)
+            unknown = max(0, math.ceil(-seconds)) if math.isfinite(seconds) else 0
             compiled[form_name] = {
                 "flops": analysis["flops"],
                 "bytes": analysis["bytes accessed"],
-                "seconds": analysis.get("optimal_seconds", -1.0),
+                "seconds": seconds + unknown,  # each counts as -1 second in XLA's sum
+                "unknown": unknown,
                 "temporary": executable.memory_analysis().temp_size_in_bytes,
                 "compile": time.perf_counter() - start,
             }
         return compiled[form_name]
 
-    once = costs_of(form_name)
-    before = dict.fromkeys(once, 0.0) if form.before_loop is None else costs_of(form.before_loop)
-    trips = form.trips(tokens, vocabulary)
-
-    def total(cost: str) -> float:
-        return before[cost] + trips * (once[cost] - before[cost])
-
-    seconds_known = once["seconds"] > before["seconds"] >= 0
     matrices = 2 * (tokens * width + vocabulary * width)
     flops = form.flops * tokens * width * vocabulary
     traffic = (form.reads + form.writes) * matrices
-    return {
+    row = {
         "chip": name,
         "form": form_name,
         "tokens": tokens,
         "width": width,
         "vocabulary": vocabulary,
         "stored": stored,
+        "roofline_seconds": max(flops / chip.bf16_flops, traffic / chip.memory_bytes),
+    }
+    try:
+        once = costs_of(form_name)
+    except jax.errors.JaxRuntimeError as error:
+        needed = bytes_asked_for(str(error))
+        if needed is None:
+            raise
+        return row | {"fits": False, "needed_bytes": needed}
+    before = dict.fromkeys(once, 0.0) if form.before_loop is None else costs_of(form.before_loop)
+    trips = form.trips(tokens, vocabulary)
+
+    def total(cost: str) -> float:
+        return before[cost] + trips * (once[cost] - before[cost])
+
+    return row | {
+        "fits": True,
         "temporary_bytes": int(once["temporary"]),
         "temporary_share": once["temporary"] / (4 * tokens * vocabulary),
         "flops": total("flops"),
         "bytes": total("bytes"),
-        "compiler_seconds": total("seconds") if seconds_known else None,
-        "roofline_seconds": max(flops / chip.bf16_flops, traffic / chip.memory_bytes),
+        "compiler_seconds": total("seconds") if math.isfinite(once["seconds"]) else None,
+        "unknown_operations": once["unknown"],
         "compile_seconds": once["compile"],
     }
 

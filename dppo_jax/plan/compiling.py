@@ -1,18 +1,15 @@
 """One program compiled: what it needs of a device's memory, and what it costs."""
 
-import re
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
 
-from dppo_jax.kernels.chips import Chip
+from dppo_jax.kernels.chips import Chip, bytes_asked_for
 from dppo_jax.plan.hlo import Costs, costs_of
 from dppo_jax.plan.programs import Program, bytes_of
 from dppo_jax.plan.topology import Topology
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass
@@ -87,7 +84,7 @@ def compile_program(program: Program, topology: Topology) -> Compiled:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        result.refused = _asked_for(str(error))
+        result.refused = bytes_asked_for(str(error))
         if result.refused is None:
             raise
         result.compile_seconds = time.monotonic() - started
@@ -122,12 +119,3 @@ def _loops(total: Costs, once: Costs) -> float:
     if once.cycles:
         return total.cycles / once.cycles
     return total.seconds / once.seconds if once.seconds else 1.0
-
-
-def _asked_for(message: str) -> float | None:
-    """Bytes that a program needs, of the compiler's words when it has run out of memory."""
-    if "memory" not in message.lower():
-        return None
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
-    found = found or re.search(r"total memory required[^(]*\(([\d.]+)([KMGT]?)\)", message)
-    return float(found[1]) * _UNITS[found[2]] if found else None

@@ -53,8 +53,12 @@ def add(verbs: Any) -> None:
     ):  # fmt: skip
         head.add_argument(f"--{flag}", type=int, default=default, help=f"(default: {default})")
     head.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
-    forms = "naive,chunked,xla,pallas_tpu,single_pass,tokamax"
-    head.add_argument("--forms", default=forms, help=f"which, by commas (default: {forms})")
+    forms = "naive,chunked,xla,pallas_tpu,single_pass"
+    head.add_argument(
+        "--forms",
+        help=f"which, by commas (default: {forms} and, measured, tokamax, compiled, "
+        "pallas_tpu_forward)",
+    )
     head.add_argument(
         "--chips",
         help="compile for these TPUs instead, by commas (v4, v5e, v5p, v6e, 7x): memory, flops and "
@@ -115,7 +119,7 @@ def _bench_head(options: argparse.Namespace) -> None:
         _compile_head(options)
         return
     command.start_jax()
-    from dppo_jax.bench_head import bench_head, show_head
+    from dppo_jax.bench_head import FORMS, bench_head, show_head
 
     result = bench_head(
         tokens=options.tokens,
@@ -123,7 +127,7 @@ def _bench_head(options: argparse.Namespace) -> None:
         vocab=options.vocab,
         top_k=options.top_k,
         dtype=options.dtype,
-        forms=options.forms.split(","),
+        forms=options.forms.split(",") if options.forms else list(FORMS),
         repeats=options.repeats,
     )
     print(json.dumps(result)) if options.json else show_head(result)
@@ -136,17 +140,26 @@ def _compile_head(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("--chips needs libtpu: pip install 'dppo-jax[plan]'")
     shape = (options.tokens, options.width, options.vocab)
-    rows = compile_table(options.chips.split(","), (shape,), FORMS, options.top_k)
+    forms = options.forms.split(",") if options.forms else FORMS
+    rows = compile_table(options.chips.split(","), (shape,), forms, options.top_k)
     if options.json:
         print(json.dumps({"compiled": rows}))
         return
     cells = {}
     for row in rows:
-        seconds = row["compiler_seconds"]
         cells[f"{row['chip']} {row['form']}"] = (
-            f"{row['temporary_bytes'] / 2**20:7.0f} MiB   {row['temporary_share']:6.1%} of N x V   "
-            f"{row['flops'] / 1e12:6.1f} TFLOP   compiler "
-            + ("-" if seconds is None else f"{seconds * 1e3:.1f} ms")
-            + f"   roofline {row['roofline_seconds'] * 1e3:.1f} ms"
+            f"{_compiled(row)}   roofline {row['roofline_seconds'] * 1e3:.1f} ms"
         )
     Console().table(f"head N={shape[0]} D={shape[1]} V={shape[2]} K={options.top_k}", cells)
+
+
+def _compiled(row: dict[str, Any]) -> str:
+    if not row["fits"]:
+        return f"does not fit: needs {row['needed_bytes'] / 2**30:.1f} GiB"
+    seconds = row["compiler_seconds"]
+    least = "at least " if row["unknown_operations"] else ""
+    return (
+        f"{row['temporary_bytes'] / 2**20:7.0f} MiB   {row['temporary_share']:6.1%} of N x V   "
+        f"{row['flops'] / 1e12:6.1f} TFLOP   compiler "
+        + ("-" if seconds is None else f"{least}{seconds * 1e3:.1f} ms")
+    )
