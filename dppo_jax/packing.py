@@ -14,7 +14,13 @@ from jaxtyping import Array, Int
 
 from dppo_jax.models.packed import Cells, cells_of
 from dppo_jax.records import Batch, Mean, Metrics, Packing, Rollout
-from dppo_jax.sharding import batch_shards, constrain, flatten_tokens, unflatten_tokens
+from dppo_jax.sharding import (
+    batch_shards,
+    constrain,
+    flatten_tokens,
+    sequence_shards,
+    unflatten_tokens,
+)
 
 MOST_IN_A_ROW = 16  # sequences: what an objective sees of a microbatch has room for so many
 
@@ -27,15 +33,17 @@ class Budget:
     columns: int
 
     @classmethod
-    def of(cls, tokens: int, longest: int, shards: int = 1) -> "Budget":
-        """As many rows of `longest` cells as `tokens` allow, a multiple of `shards`."""
-        rows = tokens // longest // shards * shards
+    def of(cls, tokens: int, longest: int, shards: int = 1, across: int = 1) -> "Budget":
+        """As many rows of `longest` cells as `tokens` allow, in multiples of `shards` and `across`,
+        over which the mesh splits rows and columns."""
+        columns = -(-longest // across) * across
+        rows = tokens // columns // shards * shards
         if rows < 1:
             raise ValueError(
                 f"tokens_per_microbatch={tokens} holds no {shards} rows of the longest prompt and "
-                f"response, {longest} tokens: set at least {shards * longest}"
+                f"response, {columns} tokens: set at least {shards * columns}"
             )
-        return cls(rows, longest)
+        return cls(rows, columns)
 
 
 @jax.tree_util.register_dataclass
@@ -50,17 +58,9 @@ class Plan:
 
 
 def budget_of(tokens: int, rollout: Rollout) -> Budget:
-    """The budget of a rollout's columns on the mesh that is set.
-
-    ValueError where that splits columns: packed rows are whole on their devices.
-    """
-    if dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1) > 1:
-        raise ValueError(
-            "tokens_per_microbatch packs whole rows, and the mesh's sequence axis splits them: "
-            "leave tokens_per_microbatch out, or set sequence to 1"
-        )
+    """The budget of a rollout's columns on the mesh that is set."""
     longest = rollout.prompt_mask.shape[1] + rollout.response_mask.shape[1] - 1
-    return Budget.of(tokens, longest, batch_shards())
+    return Budget.of(tokens, longest, batch_shards(), sequence_shards())
 
 
 def plan_of(rollout: Rollout, budget: Budget) -> Plan:

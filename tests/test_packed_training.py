@@ -62,17 +62,11 @@ def test_a_plan_by_hand():
     assert rows == [{3: 0, 0: 5}, {2: 0, 1: 4}, {4: 0}]
 
 
-def test_rows_are_not_split_over_a_sequence_axis():
-    rollout, axes = made_batch().rollout, (jax.sharding.AxisType.Auto,)
-    mesh = jax.sharding.AbstractMesh((2,), ("sequence",), axis_types=axes)
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match="set sequence to 1"):
-        packing.budget_of(64, rollout)
-
-
 def test_a_budget_below_one_row():
     with pytest.raises(ValueError, match="holds no 2 rows of the longest .* set at least 200"):
         Budget.of(199, 100, shards=2)
     assert Budget.of(450, 100, shards=2) == Budget(4, 100)
+    assert Budget.of(450, 97, shards=2, across=8) == Budget(4, 104)  # whole columns a device
 
 
 @pytest.fixture(scope="module")

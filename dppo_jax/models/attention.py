@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+EVERYTHING = 2**30  # the window of a layer that has none, where one is wanted
 NEGATIVE = -1e30  # finite, so that a row with nothing to attend to stays finite
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
-from dppo_jax.models.attention import Prefix, attention, soft_capped
+from dppo_jax.models.attention import EVERYTHING, Prefix, attention, soft_capped
 from dppo_jax.models.block import Block, in_use, norm_scale, normed, parameter
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.fused_attention import Columns, choose, row_attention
@@ -28,8 +28,6 @@ Params = dict[str, Any]
 Window = int | Array | None  # one for all layers, or the layer's own inside a scan
 # q, k, v [P, N, heads, d], the layer's window -> [P, N, heads * d]
 Attend = Callable[[Array, Array, Array, Window], Array]
-
-EVERYTHING = 2**30  # the window of a layer that has none, where others have one
 
 
 class Decoder(nnx.Module):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dppo_jax import packing
 from dppo_jax.models import ring
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model
@@ -62,11 +63,24 @@ def rollout_of(vocabulary, prompts=PROMPTS, length=LENGTH, new=NEW):
     )
 
 
-def program_of(model):
-    """(params, batch) -> ((loss, statistics), gradients); Gemma's by two passes, others by one."""
+def program_of(model, packed=False):
+    """(params, batch) -> ((loss, statistics), gradients); Gemma's by two passes, others by one.
+
+    `packed`: as one microbatch of packed rows.
+    """
     objective = dppo_topk_tv(delta=10.0)
 
-    def loss(params, batch):
+    def loss(params, batch, of=None):
+        mask = batch.rollout.response_mask
+        if packed:
+            total, kept = of_rows(params, packing.take(batch, of, 0, budget(batch.rollout)))
+            # Back in the order of the sequences.
+            kept = [jnp.zeros_like(leaf).at[of.sequences[0]].set(leaf) for leaf in kept]
+        else:
+            total, kept = of_rows(params, batch)
+        return total / jnp.sum(mask), kept
+
+    def of_rows(params, batch):
         mask = batch.rollout.response_mask
         if model.config.final_soft_cap is None:
             total, stats, routing = loss_and_score(
@@ -78,9 +92,14 @@ def program_of(model):
             stats = score(model, params, batch.rollout, temperature=0.9)
             total = objective.loss(stats, batch).loss_sum + 0.1 * jnp.sum(stats.entropy, where=mask)
         kept = [jnp.where(mask, leaf, 0.0) for leaf in (stats.logp, stats.entropy)]
-        return total / jnp.sum(mask), kept
+        return total, kept
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def budget(rollout):
+    """Room for all sequences in one microbatch."""
+    return packing.budget_of(PROMPTS * SAMPLES * (LENGTH + NEW), rollout)
 
 
 def differences(ours, theirs):
@@ -132,9 +151,15 @@ def main(names) -> dict:
             with jax.set_mesh(mesh):
                 placed = jax.device_put(params, shardings_of(model.logical_axes, mesh))
                 rows = jax.device_put(batch, batch_sharding(mesh))
-                split = program_of(model)(placed, rows)
-            found.append({"model": name, "mesh": sizes} | differences(split, alone))
-            print(found[-1], file=sys.stderr, flush=True)
+                runs = {"padded": program_of(model)(placed, rows)}
+                if "sequence" in sizes:
+                    of = packing.plan_of(rollout, budget(rollout))
+                    assert of.count == 1 and len(set(of.row[0].tolist())) < PROMPTS * SAMPLES
+                    runs["packed"] = program_of(model, packed=True)(placed, rows, of)
+            for kind, split in runs.items():
+                found.append({"model": name, "mesh": sizes, "rows": kind})
+                found[-1] |= differences(split, alone)
+                print(found[-1], file=sys.stderr, flush=True)
     ring.LARGEST = 2**26
     memory = [temporary_bytes(devices) for devices in (1, 8)]
     return {"devices": jax.device_count(), "found": found, "temporary": memory}
