@@ -1,5 +1,7 @@
 """The sampler's head: which tokens the filters keep, how often each is drawn, what is recorded."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,6 +141,20 @@ def test_temperature_zero_takes_the_first_of_the_most_likely(filters):
     assert out.token.dtype == out.topk_ids.dtype == jnp.int32
     if not filters.on:
         np.testing.assert_allclose(out.logp, jax.nn.log_softmax(logits)[:, 1], rtol=1e-6)
+
+
+def test_greedy_rows_under_a_soft_cap_take_the_largest():
+    """At these sizes XLA fuses the cap into every reader, so that no difference to the largest need
+    be 0: an earlier head, which looked for one, gave ids outside the vocabulary here."""
+    take = jax.jit(partial(sample, temperature=0.0, top_k_capture=4, soft_cap=30.0))
+    for seed in range(5):
+        of_hidden, of_matrix = jax.random.split(jax.random.key(seed))
+        hidden = 3 * jax.random.normal(of_hidden, (3, 48))
+        unembedding = jax.random.normal(of_matrix, (101, 48)) / 2
+        out = take(hidden, unembedding, jax.random.key(9))
+        largest = jnp.argmax(hidden @ unembedding.T, axis=1)
+        np.testing.assert_array_equal(out.token, largest)
+        np.testing.assert_array_equal(out.topk_ids[:, 0], largest)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
