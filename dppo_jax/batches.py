@@ -25,6 +25,7 @@ from dppo_jax.records import (
     TrainState,
 )
 from dppo_jax.scoring import Also, score, with_own_routing
+from dppo_jax.sharding import constrain
 
 # Subtracted from the reward at each token; called with what it names of `PENALTY_INPUTS`, [B, T].
 RewardPenalty = Callable[..., Float[Array, "B T"]]
@@ -121,6 +122,8 @@ def make_batch_of(
         rewards: Array,
         base: Params | None = None,
     ) -> tuple[Batch, Metrics]:
+        if not isinstance(rollout.response_tokens, jax.core.Tracer):  # a plan traces this
+            check_ids(rollout, model.config.vocab_size)
         of = None
         scores = critic is not None or needs & {"logp_old", "uniform_logp", "logp_ref"}
         if tokens_per_microbatch is not None and scores:
@@ -129,6 +132,36 @@ def make_batch_of(
         return Batch(**{"rollout": rollout} | fields), metrics
 
     return batch_of
+
+
+def check_ids(rollout: Rollout, vocabulary: int) -> None:
+    """Refuses token ids outside the vocabulary, which a source of rollouts elsewhere may send.
+
+    Scored, they would be NaN.
+    """
+    for name, (lowest, highest) in _ranges(rollout).items():
+        lowest, highest = int(lowest), int(highest)
+        if lowest < 0 or highest >= vocabulary:
+            raise ValueError(
+                f"the rollout's {name} holds token id {lowest if lowest < 0 else highest}, outside "
+                f"the model's vocabulary of {vocabulary}: does the sampler serve another model?"
+            )
+
+
+@jax.jit
+def _ranges(rollout: Rollout) -> dict[str, tuple[Array, Array]]:
+    """The least and the largest id of a field, padding left out."""
+    masks = {
+        "prompt_tokens": rollout.prompt_mask,
+        "response_tokens": rollout.response_mask,
+        "topk_ids": rollout.response_mask[..., None],
+    }
+    found = {}
+    for name, mask in masks.items():
+        ids = jnp.where(mask, getattr(rollout, name), 0)
+        if ids.size:
+            found[name] = constrain(jnp.min(ids)), constrain(jnp.max(ids))
+    return found
 
 
 def score_packed(

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_pipeline import Words
 
+from dppo_jax.batches import check_ids
 from dppo_jax.collect import Asking, Collector
 from dppo_jax.dynamic_sampling import DynamicSampling, joined, places, replaced, with_spread
 from dppo_jax.prompts.examples import Example
@@ -203,3 +205,19 @@ def test_what_a_source_may_not_answer(change, message):
     made, _ = collector(Wrong(), prompts=2)
     with pytest.raises(ValueError, match=message):
         collect(made)
+
+
+@pytest.mark.parametrize(
+    ("field", "id"), [("response_tokens", 50), ("topk_ids", -1), ("prompt_tokens", 99)]
+)
+def test_ids_that_the_model_does_not_have(field, id):
+    made, _ = collector(Echo(), prompts=2)
+    rollout = collect(made).rollout
+    check_ids(rollout, 50)
+    mask = {"prompt_tokens": rollout.prompt_mask}.get(field, rollout.response_mask)
+    ids = getattr(rollout, field)
+    padding = jnp.where(mask if ids.ndim == 2 else mask[..., None], ids, id)
+    check_ids(replace(rollout, **{field: padding}), 50)
+    wrong = replace(rollout, **{field: ids.at[1, 0].set(id)})
+    with pytest.raises(ValueError, match=f"{field} holds token id {id}, outside .* of 50"):
+        check_ids(wrong, 50)
