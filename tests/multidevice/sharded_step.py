@@ -151,19 +151,15 @@ def main(names) -> dict:
             with jax.set_mesh(mesh):
                 placed = jax.device_put(params, shardings_of(model.logical_axes, mesh))
                 rows = jax.device_put(batch, batch_sharding(mesh))
-                runs = {"padded": (program_of(model)(placed, rows), alone)}
-                if "sequence" in sizes:
+                runs = {"padded": program_of(model)(placed, rows)}
+                # A mixture's balance differs: packed, each sample brings a prompt of its own.
+                if "sequence" in sizes and not model.config.experts:
                     of = packing.plan_of(rollout, budget(rollout))
                     assert of.count == 1 and len(set(of.row[0].tolist())) < PROMPTS * SAMPLES
-                    runs["packed"] = program_of(model, packed=True)(placed, rows, of), alone
-            if "packed" in runs and model.config.experts:
-                # Each sample has a prompt of its own, which counts in the load of the experts.
-                of = packing.plan_of(rollout, budget(rollout))
-                one = program_of(model, packed=True)(params, batch, of)
-                runs["packed"] = runs["packed"][0], one
-            for kind, pair in runs.items():
+                    runs["packed"] = program_of(model, packed=True)(placed, rows, of)
+            for kind, split in runs.items():
                 found.append({"model": name, "mesh": sizes, "rows": kind})
-                found[-1] |= differences(*pair)
+                found[-1] |= differences(split, alone)
                 print(found[-1], file=sys.stderr, flush=True)
     ring.LARGEST = 2**26
     memory = [temporary_bytes(devices) for devices in (1, 8)]
