@@ -18,25 +18,25 @@ pytestmark = [
 
 LARGEST_SHARE = 0.1  # of N x V float32 logits
 
-QUICK = {("v5e", SHAPES[-1]), ("7x", SHAPES[-1])}  # all of them take minutes
-CASES = [
-    pytest.param(chip, shape, marks=[] if (chip, shape) in QUICK else [pytest.mark.slow])
-    for chip in ("v5e", "v5p", "v6e", "7x")
-    for shape in SHAPES
-]
 
-
-@pytest.mark.parametrize("chip, shape", CASES)
-def test_forward_and_backward_need_a_tenth_of_the_logits_memory(chip, shape):
-    tokens, width, vocabulary = shape
-    forms = (FORWARD, "pallas_tpu", "single_pass")
-    forward, both, one = compile_table((chip,), (shape,), forms)
-    print(forward, both, one, sep="\n")
-    for row, units in ((forward, 2), (both, 8), (one, 6)):
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "7x"])
+def test_forward_and_backward_need_a_tenth_of_the_logits_memory(chip):
+    units = {FORWARD: 2, "pallas_tpu": 8, "single_pass": 6}
+    rows = compile_table((chip,), SHAPES, units)
+    assert len(rows) == len(SHAPES) * len(units)
+    for row in rows:
+        print(row)
         assert row["fits"] and row["temporary_share"] <= LARGEST_SHARE
         # Chunks of the backward are rounded up to whole tiles; nothing else may be added.
-        assert 1 <= row["flops"] / (units * tokens * width * vocabulary) < 1.05
-    assert both["temporary_bytes"] > 0
+        made = units[row["form"]] * row["tokens"] * row["width"] * row["vocabulary"]
+        assert 1 <= row["flops"] / made < 1.05
+        assert row["compiler_seconds"] > row["roofline_seconds"] * 0.99
+        assert row["temporary_bytes"] > 0 or row["form"] == FORWARD
+
+
+def test_what_does_not_fit_is_said():
+    (row,) = compile_table(("v5e",), ((131072, 128, 151936),), ("naive",))
+    assert not row["fits"] and row["needed_bytes"] > 4 * 131072 * 151936
 
 
 def test_on_a_mesh_no_logit_crosses_and_the_matrix_is_gathered_once():
