@@ -228,6 +228,18 @@ def test_the_command_prepares_your_own_rows(dppo, tmp_path):
         assert done.status == 2 and message in done.err
 
 
+def test_a_row_is_read_once():
+    class Records(list):
+        def __getitem__(self, row):
+            asked.append(row)
+            return super().__getitem__(row)
+
+    asked: list[int] = []
+    fields = dict.fromkeys(Example._fields, b"")
+    source = store.PromptSource(Records([fields | {"id": b"0"}, fields | {"id": b"1"}]))
+    assert [source[n].id for n in (1, 0, -1, -2)] == ["1", "0", "1", "0"] and asked == [1, 0]
+
+
 def test_answers_that_a_verifier_cannot_judge_are_counted_and_listed(dppo, tmp_path):
     rows = [{"q": f"q{n}", "a": n} for n in range(1200)]
     for n in range(11):

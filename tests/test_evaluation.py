@@ -15,6 +15,7 @@ from dppo_jax.evaluation_scores import bootstrap_interval, majority_score, pass_
 from dppo_jax.prompts.examples import Example
 from dppo_jax.rewards.verdicts import Verdict
 from dppo_jax.rewards.verifiers import numeric_answer
+from dppo_jax.verbs.evaluation import table_of
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,7 @@ ROWS = [
     answered("b", "8", ["is 1", "is 1", "is 8", "is 2"], level="2", subject="Algebra"),
     answered("c", "9", ["9", "1", "2", "none"], [False, True, True, True], level="2"),
 ]
+ROW_FIELDS = ("responses", "finished", "lengths", "verdicts")
 
 
 def test_an_evaluation_by_hand():
@@ -107,6 +109,12 @@ def test_an_evaluation_by_hand():
     assert json.loads(json.dumps(e.as_dict())) == e.as_dict()
     low, high = bootstrap_interval(np.array([0.75, 0.25, 0.0]))
     assert (e.accuracy_low, e.accuracy_high) == (low, high)
+    table = table_of(e.as_dict())
+    assert table["level 2"] == "avg 0.125, pass 0.500, maj 0.000  (2 prompts)"
+    assert "maj@4" in table and "Algebra" in table
+    greedy = [row._replace(**{f: getattr(row, f)[:1] for f in ROW_FIELDS}) for row in ROWS]
+    table = table_of(evaluation_of(greedy, 1, [row.example for row in ROWS]).as_dict())
+    assert table["level 1"] == "1.000  (1 prompt)" and "maj@1" not in table
 
 
 def test_answers_come_back_from_their_file(tmp_path):

@@ -118,10 +118,11 @@ def _store(name: str, data_dir: str | Path, read: Read) -> Prepared:
 
 
 class PromptSource(Sequence[Example]):
-    """One split on disk; examples are read when they are asked for."""
+    """One split on disk; an example is read when it is first asked for, and kept."""
 
     def __init__(self, records: Sequence[dict[str, bytes]]):
         self._records = records
+        self._read: dict[int, Example] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -130,8 +131,11 @@ class PromptSource(Sequence[Example]):
         row = operator.index(index)
         if not -len(self) <= row < len(self):
             raise IndexError(f"example {row} of {len(self)}")
-        record = self._records[row % len(self)]
-        return Example(*(record[field].decode() for field in Example._fields))
+        row %= len(self)
+        if row not in self._read:
+            record = self._records[row]
+            self._read[row] = Example(*(record[field].decode() for field in Example._fields))
+        return self._read[row]
 
 
 def load(name: str, data_dir: str | Path, split: str) -> PromptSource:

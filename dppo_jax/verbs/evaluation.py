@@ -75,11 +75,13 @@ def table_of(evaluation: Mapping[str, Any]) -> dict[str, str]:
     rows["truncated"] = f"{evaluation['truncated']:.3f}"
     if evaluation["verifier_errors"]:
         rows["verifier failed on"] = f"{evaluation['verifier_errors']} answers"
-    for kind, label in (("levels", "level"), ("subjects", "subject")):
+    for kind, label in (("levels", "level "), ("subjects", "")):
         for name, each in evaluation[kind].items():
-            rows[f"{label} {name}"] = (
-                f"avg@{k} {each['accuracy']:.3f}, pass@{k} {each['pass_at_k']:.3f},"
-                f" maj@{k} {each['majority']:.3f}  ({each['prompts']} prompts)"
+            value = f"{each['accuracy']:.3f}"
+            if k > 1:
+                value = f"avg {value}, pass {each['pass_at_k']:.3f}, maj {each['majority']:.3f}"
+            rows[f"{label}{name}"] = (
+                f"{value}  ({each['prompts']} prompt{'s' * (each['prompts'] > 1)})"
             )
     return rows
 
