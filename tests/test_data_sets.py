@@ -237,6 +237,7 @@ def test_a_row_is_read_once():
     asked: list[int] = []
     fields = dict.fromkeys(Example._fields, b"")
     source = store.PromptSource(Records([fields | {"id": b"0"}, fields | {"id": b"1"}]))
+    asked.clear()  # the check of argument types looks into sequences
     assert [source[n].id for n in (1, 0, -1, -2)] == ["1", "0", "1", "0"] and asked == [1, 0]
 
 
