@@ -92,7 +92,8 @@ class Evaluator:
         seed: int,
     ):
         self._source, self._mesh, self._tokenizer, self._seed = source, mesh, tokenizer, seed
-        self._max_prompt_tokens, self._too_long = max_prompt_tokens, too_long
+        self._share = row_share(mesh)
+        self._batches: dict[str, list[PromptBatch]] = {}
         self._sets: dict[str, EvalSet] = {}
         self.held_out: dict[str, list[Example]] = {}
         self.unfit: list[str] = []  # of sets with answers that their verifiers cannot use, a line
@@ -115,30 +116,31 @@ class Evaluator:
                 prompts_per_batch=batch,
             )
             self.held_out[name] = _first(each, data_dir)
+            self._batches[name] = list(
+                evaluation_batches(
+                    self.held_out[name],
+                    tokenizer,
+                    prompts_per_step=batch,
+                    max_prompt_tokens=max_prompt_tokens,
+                    process_index=self._share.index,
+                    process_count=self._share.count,
+                    too_long=too_long,
+                )
+            )
             judge = each.verifier or verifier
             self.unfit += check_examples(judge, self.held_out[name], name)
 
     def __call__(self, params: Params) -> Evaluated:
         """Answers to every problem of every set, graded."""
-        done = Evaluated({}, [])
-        share = row_share(self._mesh)
+        done, share = Evaluated({}, []), self._share
         for index, (name, each) in enumerate(self._sets.items()):
-            assert each.sampling and each.verifier and each.prompts_per_batch
+            assert each.sampling and each.verifier
             key = jax.random.fold_in(jax.random.key(self._seed), 2**31 - 1 - index)
-            batches = evaluation_batches(
-                self.held_out[name],
-                self._tokenizer,
-                prompts_per_step=each.prompts_per_batch,
-                max_prompt_tokens=self._max_prompt_tokens,
-                process_index=share.index,
-                process_count=share.count,
-                too_long=self._too_long,
-            )
             answered: list[Answered] = []
             places: list[int] = []
             # A batch is graded while the next one is sampled.
             graded: list[tuple[PromptBatch, Callable[[], Answers]]] = []
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(self._batches[name]):
                 rollout = self._source.rollout(
                     params,
                     prompts_of(batch, self._mesh),
