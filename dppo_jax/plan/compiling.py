@@ -1,5 +1,6 @@
 """One program compiled: what it needs of a device's memory, and what it costs."""
 
+import dataclasses
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import jax
 
 from dppo_jax.kernels.chips import Chip, bytes_asked_for
+from dppo_jax.plan import assigned
 from dppo_jax.plan.hlo import Costs, costs_of
+from dppo_jax.plan.kept import Kept
 from dppo_jax.plan.programs import Program, bytes_of
 from dppo_jax.plan.topology import Topology
 
@@ -66,8 +69,13 @@ class Compiled:
         }
 
 
-def compile_program(program: Program, topology: Topology) -> Compiled:
-    """Compiles for the topology, under the mesh that is set."""
+def compile_program(
+    program: Program, topology: Topology, kept: Kept | None = None, code: bool = True
+) -> Compiled:
+    """Compiles for the topology, under the mesh that is set, unless its numbers are `kept`.
+
+    Without `code` no further than memory is assigned, by `assigned.measured`, which see.
+    """
     chip = topology.chip
     result = Compiled(
         program.name,
@@ -81,37 +89,48 @@ def compile_program(program: Program, topology: Topology) -> Compiled:
     started = time.monotonic()
     traced = program.function.trace(*program.arguments, **program.keywords)
     lowered = traced.lower(lowering_platforms=("tpu",) if topology.platform == "tpu" else ("cpu",))
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        result.refused = bytes_asked_for(str(error))
-        if result.refused is None:
-            raise
-        result.compile_seconds = time.monotonic() - started
-        return result
-    result.compile_seconds = time.monotonic() - started
-    memory = compiled.memory_analysis()
-    assert memory is not None, "every backend that JAX ships reports a program's memory"
-    result.arguments = float(memory.argument_size_in_bytes)
-    # Arguments that it does not use are not handed to it, but live.
-    result.resident += max(0.0, bytes_of(program.arguments) - result.arguments)
-    result.temporaries = float(memory.temp_size_in_bytes)
-    result.output = float(memory.output_size_in_bytes - memory.alias_size_in_bytes)
-    result.code = float(memory.generated_code_size_in_bytes)
-    optimal = (compiled.cost_analysis() or {}).get("optimal_seconds", -1.0)
-    _charge(result, compiled.as_text(), chip, optimal)
+    order = [device.id for device in jax.sharding.get_mesh().devices.flat]
+    trips = program.loop_trips, program.outer_trips
+    name = kept and kept.name_of(lowered.as_text(), topology, order, *trips)
+    numbers = kept.read(name, code) if kept and name else None
+    if numbers is None:
+        numbers = _measured(lowered, program, chip, code)
+        numbers["compile_seconds"] = time.monotonic() - started
+        if kept and name:
+            kept.write(name, code, numbers)
+    result = dataclasses.replace(result, **numbers)
+    if result.refused is None:
+        # Arguments that it does not use are not handed to it, but live.
+        result.resident += max(0.0, bytes_of(program.arguments) - result.arguments)
     return result
 
 
-def _charge(result: Compiled, text: str, chip: Chip, optimal: float) -> None:
+def _measured(lowered: Any, program: Program, chip: Chip, code: bool) -> dict[str, Any]:
+    """What compiling tells: fields of `Compiled`."""
+    optimal = -1.0
+    try:
+        if code:
+            memory, compiled = assigned.compiled(lowered)
+            optimal = (compiled.cost_analysis() or {}).get("optimal_seconds", -1.0)
+            text = compiled.as_text()
+        else:
+            memory, text = assigned.measured(lowered)
+    except jax.errors.JaxRuntimeError as error:
+        refused = bytes_asked_for(str(error))
+        if refused is None:
+            raise
+        return {"refused": refused}
     total, once = costs_of(
-        text, chip, unknown_trips=result.loop_trips, outer_trips=result.outer_trips
+        text, chip, unknown_trips=program.loop_trips, outer_trips=program.outer_trips
     )
-    result.flops, result.moved, result.sent = total.flops, total.bytes, total.sent
-    result.collectives = {kind: asdict(moved) for kind, moved in sorted(total.collectives.items())}
-    result.roofline_seconds = total.roofline(chip)
-    if optimal > 0:
-        result.compiler_seconds = optimal * _loops(total, once)
+    return memory | {
+        "flops": total.flops,
+        "moved": total.bytes,
+        "sent": total.sent,
+        "collectives": {kind: asdict(moved) for kind, moved in sorted(total.collectives.items())},
+        "roofline_seconds": total.roofline(chip),
+        "compiler_seconds": optimal * _loops(total, once) if optimal > 0 else None,
+    }
 
 
 def _loops(total: Costs, once: Costs) -> float:

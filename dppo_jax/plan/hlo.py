@@ -297,7 +297,7 @@ def _traffic(i: Instruction, operands: list[Instruction], fused: dict[str, Instr
     if i.opcode == "dynamic-update-slice":
         return 2.0 * operands[1].shapes[0].bytes if written else 0.0
     if i.opcode in ("slice", "dynamic-slice", "gather"):
-        return sum(s.bytes for s in written) * (2.0 if _in_hbm(operands[:1]) else 1.0)
+        return sum(s.bytes * (s.in_hbm + _in_hbm(operands[:1])) for s in i.shapes)
     out = sum(shape.bytes for shape in written)
     if not fused:
         return out + sum(s.bytes for o in operands for s in o.shapes if s.in_hbm)

@@ -6,7 +6,7 @@ update, by the same functions. Nothing here is computed and no weights are read.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,10 +151,6 @@ class Step:
         shared = self.base is not None and s.reference is None
         self._referred = 0.0 if shared else bytes_of(self.reference)
 
-    def programs(self) -> list[Callable[[], Program]]:
-        """In the order of a step."""
-        return [self.weight_sync, self.prefill, self.decode, self.scoring, self.update]
-
     def _array(self, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -226,7 +222,7 @@ class Step:
         return sampled + (bytes_of(self.params) if self.exact_old else 0.0)
 
     @property
-    def _while_sampling(self) -> float:
+    def while_sampling(self) -> float:
         """Bytes a device of what waits while responses are drawn."""
         # Where the policy hands on what it was given, there is no copy (`rollout_policy.chooser`).
         jaxpr = jax.make_jaxpr(self.settings.rollout_policy.choose)(*self._choice())
@@ -259,7 +255,7 @@ class Step:
             "prefill",
             generate.prefill,
             self._asked(self._at_once),
-            self._while_sampling,
+            self.while_sampling,
             {"settings": self.settings.sampling},
             runs=self.settings.rollout_batches,
         )
@@ -307,7 +303,7 @@ class Step:
             "decode",
             generate.last_stage,
             (*given, progress),
-            self._while_sampling,
+            self.while_sampling,
             {"settings": sampling},
             runs=self.settings.rollout_batches,
             loop_trips=max(1, length - 1),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from dppo_jax.kernels.chips import GIB
 from dppo_jax.plan.compiling import Compiled
+from dppo_jax.plan.engine import engine_of
 from dppo_jax.plan.step_plan import StepPlan
 from dppo_jax.sampling.rollouts import Lockstep
 
@@ -101,7 +102,18 @@ def _step(plan: StepPlan, price: float | None) -> list[str]:
         "every response at its longest and every token decoded against the full cache; grading",
         "and the host are left out. Nothing was run.",
     ]
-    if s.rollouts is not Lockstep:
+    if not plan.code:
+        lines.append(
+            "No machine code was made (--no-code): its size is that of constants, and seconds are "
+            "the roofline's."
+        )
+    if engine_of(s.rollouts) is not None:
+        lines.append(
+            "Sampling is the engine's, all slots busy and each prompt computed once; recompute is "
+            "of sequences\nwhose pages were given to others, which a step with enough of them "
+            "never does."
+        )
+    elif s.rollouts is not Lockstep:
         lines.append(
             "The recipe samples by another source; prefill and decode are the lockstep sampler's."
         )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dppo_jax.kernels.chips import GIB
+from dppo_jax.plan.kept import Kept
 from dppo_jax.plan.programs import Settings
 from dppo_jax.plan.report import table
 from dppo_jax.plan.step_plan import Report, StepPlan, plan_step
@@ -34,12 +35,16 @@ def spread(settings: Settings, chips: int) -> Settings:
 
 
 def scale(
-    settings: Settings, topologies: Sequence[Topology], report: Report = lambda line: None
+    settings: Settings,
+    topologies: Sequence[Topology],
+    report: Report = lambda line: None,
+    kept: Kept | None = None,
+    code: bool = True,
 ) -> list[StepPlan]:
     """Decode and update of one and the same step on each topology."""
     spreads = [spread(settings, t.chips) for t in topologies]  # all of them before any compiles
     return [
-        plan_step(s, topology, PROGRAMS, report)
+        plan_step(s, topology, PROGRAMS, report, kept, code)
         for s, topology in zip(spreads, topologies, strict=True)
     ]
 

@@ -1,17 +1,19 @@
 """A recipe's step on a topology: every program compiled, and what a step takes and costs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
 
 from dppo_jax.kernels.chips import GIB
+from dppo_jax.plan import engine
+from dppo_jax.plan.assigned import in_child
 from dppo_jax.plan.compiling import Compiled, compile_program
+from dppo_jax.plan.kept import Kept
 from dppo_jax.plan.programs import Settings, Step
 from dppo_jax.plan.topology import Topology
 
-SAMPLING = ("prefill", "decode")
 Report = Callable[[str], None]
 
 
@@ -23,6 +25,7 @@ class StepPlan:
     mesh: dict[str, int]
     settings: Settings
     programs: list[Compiled] = field(default_factory=list)
+    code: bool = True  # whether programs were compiled to their end
 
     @property
     def fits(self) -> bool:
@@ -71,22 +74,47 @@ def plan_step(
     topology: Topology,
     only: tuple[str, ...] | None = None,
     report: Report = lambda line: None,
+    kept: Kept | None = None,
+    code: bool = True,
 ) -> StepPlan:
-    """Compiles the programs of a step (or `only` some) for the topology.
+    """Compiles the programs of a step (or `only` some) for the topology, those that are not `kept`.
 
-    ValueError where the recipe's sizes do not fit the mesh, or the mesh the topology.
+    ValueError where the recipe's sizes do not fit the mesh, or the mesh the topology. Without
+    `code` no further than memory is assigned, each program in a process of its own: before JAX has
+    a backend in this one.
     """
-    mesh = settings.mesh.build(topology.devices())
-    plan = StepPlan(topology, {k: n for k, n in mesh.shape.items() if n > 1}, settings)
-    for make in Step(settings, mesh).programs():
-        name = make.__name__.replace("_", " ")
-        if only is None or name in only:
-            program = make()  # without the mesh in force: optax makes an array or two
-            with jax.set_mesh(mesh):
-                compiled = compile_program(program, topology)
-            plan.programs.append(compiled)
-            report(
-                f"{topology.name} {name}: {compiled.total / GIB:.1f} of {compiled.hbm / GIB:.1f} "
-                f"GiB, compiled in {compiled.compile_seconds:.0f} s"
+    plan = StepPlan(topology, _mesh_of(settings, topology), settings, code=code)
+    step: Step | None = None
+    for name in engine.names(settings):
+        if only is not None and name not in only:
+            continue
+        if code:
+            step = step or _step(settings, topology)
+            compiled = _compiled(step, topology, name, kept, code)
+        else:
+            found = in_child(
+                lambda name=name: asdict(  # type: ignore[misc]
+                    _compiled(_step(settings, topology), topology, name, kept, code)
+                )
             )
+            compiled = Compiled(**found)
+        plan.programs.append(compiled)
+        report(
+            f"{topology.name} {name}: {compiled.total / GIB:.1f} of {compiled.hbm / GIB:.1f} "
+            f"GiB, compiled in {compiled.compile_seconds:.0f} s"
+        )
     return plan
+
+
+def _mesh_of(settings: Settings, topology: Topology) -> dict[str, int]:
+    return {axis: n for axis, n in settings.mesh.sizes(topology.chips).items() if n > 1}
+
+
+def _step(settings: Settings, topology: Topology) -> Step:
+    return Step(settings, settings.mesh.build(topology.devices()))
+
+
+def _compiled(step: Step, topology: Topology, name: str, kept: Kept | None, code: bool) -> Compiled:
+    program = engine.program(step, name)  # without the mesh in force: optax makes an array or two
+    with jax.set_mesh(step.mesh):
+        return compile_program(program, topology, kept, code)

@@ -1,13 +1,17 @@
 """What to change where a step does not fit, each change compiled before it is told."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dppo_jax.kernels.chips import GIB
+from dppo_jax.plan.engine import engine_of
+from dppo_jax.plan.kept import Kept
 from dppo_jax.plan.programs import Settings
 from dppo_jax.plan.step_plan import Report, StepPlan, plan_step
+from dppo_jax.sampling.rollouts import Continuous
 
 
 @dataclass
@@ -26,12 +30,14 @@ class Suggestion:
         return f"{self.change}: {'fits' if self.fits else 'does not fit'} ({'; '.join(parts)})"
 
 
-def suggestions(plan: StepPlan, report: Report = lambda line: None) -> Iterator[Suggestion]:
+def suggestions(
+    plan: StepPlan, report: Report = lambda line: None, kept: Kept | None = None
+) -> Iterator[Suggestion]:
     """Changes that make the programs that do not fit smaller, those that cost least first."""
     failed = {program.name: program.total for program in plan.programs if not program.fits}
     for change, settings in _changes(plan, set(failed)):
         try:
-            tried = plan_step(settings, plan.topology, tuple(failed), report)
+            tried = plan_step(settings, plan.topology, tuple(failed), report, kept, plan.code)
         except ValueError:
             continue  # sizes that do not divide
         found = {
@@ -48,7 +54,8 @@ def _changes(plan: StepPlan, failed: set[str]) -> Iterator[tuple[str, Settings]]
     def changed(name: str, value: Any, **fields: Any) -> tuple[str, Settings]:
         return f"--gin.{name}={value}", dataclasses.replace(s, **fields)
 
-    trains, samples = "update" in failed, bool(failed & {"prefill", "decode"})
+    trains, samples = "update" in failed, bool(failed & {"prefill", "recompute", "decode"})
+    engine = engine_of(s.rollouts)
     if s.model.dtype == "float32":
         model = dataclasses.replace(s.model, dtype="bfloat16")
         yield changed("decoder.DecoderConfig.dtype", "bfloat16", model=model)
@@ -61,7 +68,11 @@ def _changes(plan: StepPlan, failed: set[str]) -> Iterator[tuple[str, Settings]]
     elif trains:
         twice = 2 * s.microbatches
         yield changed("train.train.microbatches", twice, microbatches=twice)
-    if samples:
+    if samples and engine is not None:
+        half = engine.slots // 2
+        smaller = functools.partial(Continuous, config=dataclasses.replace(engine, slots=half))
+        yield changed("engine.EngineConfig.slots", half, rollouts=smaller)
+    elif samples:
         twice = 2 * s.rollout_batches
         yield changed("train.train.rollout_batches", twice, rollout_batches=twice)
     sizes = s.mesh.sizes(plan.topology.chips)

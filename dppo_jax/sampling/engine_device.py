@@ -4,17 +4,20 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
+from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model, Params
 from dppo_jax.sampling import engine_programs
 from dppo_jax.sampling.decode_forms import why_not_ragged
 from dppo_jax.sampling.engine_config import EngineConfig
 from dppo_jax.sampling.engine_inputs import (
     Call,
+    Shape,
     SlotRows,
     empty_calls,
     prefill_calls,
@@ -28,46 +31,59 @@ from dppo_jax.sampling.sequences import Sample
 from dppo_jax.sharding import axes_of, check_divides
 
 
+def shards_of(model: DecoderConfig, c: EngineConfig, mesh: jax.sharding.Mesh | None) -> int:
+    """Over how many devices a mesh splits the slots; ValueError where it divides them not."""
+    if mesh is None:
+        return 1
+    check_divides(mesh, "queries", {"slots": c.slots}, "decode")
+    check_divides(mesh, "kv_heads", {"kv_heads": model.kv_heads}, "decode")
+    return math.prod(mesh.shape[axis] for axis in axes_of("queries", mesh, "decode"))
+
+
+def programs_of(
+    model: DecoderConfig, c: EngineConfig, mesh: jax.sharding.Mesh | None, platform: str
+) -> Programs:
+    """What of a configuration is compiled into decoding on this platform."""
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    refused = why_not_ragged(model, storage_dtype(model, c.cache_dtype), tensor)
+    return Programs(
+        chunk=c.chunk,
+        max_context=c.max_context,
+        top_k_capture=c.top_k_capture,
+        raw_logp=c.logp == "raw",
+        cache_dtype=c.cache_dtype,
+        ragged=platform == "tpu" and refused is None,
+        replay=c.replay,
+    )
+
+
+def empty_arrays(model: DecoderConfig, c: EngineConfig, shape: Shape, ragged: bool) -> Any:
+    """The pages of all layers, and the hidden states of the slots."""
+    pages = shape.shards * shape.pages
+    made = empty_pages(model, c.cache_dtype, pages, c.page_size, ragged=ragged)
+    return made, empty_hidden(model, c.slots)
+
+
+def widths_of(shape: Shape, ragged: bool) -> list[int]:
+    """Pages a slot that the decoding loop is compiled for; the ragged kernel reads no more than
+    there are."""
+    return [shape.pages_a_sequence] if ragged else view_widths(shape.pages_a_sequence)
+
+
 class EngineDevice:
     """Pages and hidden states of the slots; does what the scheduler decides."""
 
     def __init__(self, model: Model, config: EngineConfig, mesh: jax.sharding.Mesh | None):
         c = config
         self.model, self.config, self.mesh = model, c, mesh
-        self.shards = 1
-        if mesh is not None:
-            check_divides(mesh, "queries", {"slots": c.slots}, "decode")
-            check_divides(mesh, "kv_heads", {"kv_heads": model.config.kv_heads}, "decode")
-            axes = axes_of("queries", mesh, "decode")
-            self.shards = math.prod(mesh.shape[axis] for axis in axes)
+        self.shards = shards_of(model.config, c, mesh)
         self.shape = shape_of(c, model.config, self.shards)
         self.compilations = 0
-        tensor = 1 if mesh is None else mesh.shape["tensor"]
-        dtype = storage_dtype(model.config, c.cache_dtype)
-        refused = why_not_ragged(model.config, dtype, tensor)
-        self._programs = Programs(
-            chunk=c.chunk,
-            max_context=c.max_context,
-            top_k_capture=c.top_k_capture,
-            raw_logp=c.logp == "raw",
-            cache_dtype=c.cache_dtype,
-            ragged=jax.default_backend() == "tpu" and refused is None,
-            replay=c.replay,
-        )
+        self._programs = programs_of(model.config, c, mesh, jax.default_backend())
         # Born as the programs give them back, so that the second call compiles nothing.
         with self._on_mesh():
-            self._pages, self._hidden = jax.jit(
-                lambda: (
-                    empty_pages(
-                        model.config,
-                        c.cache_dtype,
-                        self.shards * self.shape.pages,
-                        c.page_size,
-                        ragged=self._programs.ragged,
-                    ),  # fmt: skip
-                    empty_hidden(model.config, c.slots),
-                )
-            )()
+            born = partial(empty_arrays, model.config, c, self.shape, self._programs.ragged)
+            self._pages, self._hidden = jax.jit(born)()
         self._rows = SlotRows(c.slots, c.stop_ids, c.logit_biases)
 
     def warm_up(self, params: Params) -> None:
@@ -111,10 +127,7 @@ class EngineDevice:
 
     @property
     def _widths(self) -> list[int]:
-        """Pages a slot that the decoding loop is compiled for; the ragged kernel reads no more
-        than there are."""
-        most = self.shape.pages_a_sequence
-        return [most] if self._programs.ragged else view_widths(most)
+        return widths_of(self.shape, self._programs.ragged)
 
     def _copy(self, source: np.ndarray, to: np.ndarray) -> None:
         self._pages = self._counted(engine_programs.copy, self._pages, source, to)

@@ -331,9 +331,13 @@ def last_stage(
     *,
     settings: SamplingConfig,
 ) -> _Progress:
-    """The end of `generate`, likewise: the columns that are drawn with the cache at its largest."""
+    """The end of `generate`, likewise: the columns that are drawn with the cache at its largest.
+
+    Nothing reads the cache after them.
+    """
     _, advance = _columns(model, params, prompts, key, settings)
-    return _stage(advance, progress, settings.max_new_tokens, settings.max_new_tokens)
+    drawn = _stage(advance, progress, settings.max_new_tokens, settings.max_new_tokens)
+    return drawn._replace(caches=[])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "settings"))

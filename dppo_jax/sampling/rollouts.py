@@ -9,6 +9,7 @@ chooses by a factory, called once with what a run knows:
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -93,17 +94,7 @@ class Continuous:
     def __init__(self, context: RolloutContext, config: EngineConfig):
         if jax.process_count() > 1:
             raise ValueError("continuous() samples in one process: bind rollouts = @Lockstep")
-        if context.settings.record_experts:
-            raise ValueError(
-                "the engine does not record experts: set routing to 'native' or 'replay_trainer', "
-                "or bind rollouts = @Lockstep"
-            )
-        longest = context.max_prompt_tokens + context.settings.max_new_tokens
-        if longest > config.max_context:
-            raise ValueError(
-                f"EngineConfig.max_context={config.max_context} is less than max_prompt_tokens + "
-                f"max_new_tokens = {longest}: set it to that or more"
-            )
+        sized(config, context.settings, context.max_prompt_tokens)
         self._context, self._config = context, config
         self._engines: dict[tuple, Engine] = {}
 
@@ -141,11 +132,29 @@ class Continuous:
         return from_completions(prompts, [c for group in groups for c in group], settings, mesh)
 
 
+def sized(config: EngineConfig, settings: SamplingConfig, max_prompt_tokens: int) -> EngineConfig:
+    """The configuration with what the settings decide; ValueError where the two do not fit."""
+    if settings.record_experts:
+        raise ValueError(
+            "the engine does not record experts: set routing to 'native' or 'replay_trainer', "
+            "or bind rollouts = @Lockstep"
+        )
+    longest = max_prompt_tokens + settings.max_new_tokens
+    if longest > config.max_context:
+        raise ValueError(
+            f"EngineConfig.max_context={config.max_context} is less than max_prompt_tokens + "
+            f"max_new_tokens = {longest}: set it to that or more"
+        )
+    return dataclasses.replace(
+        config, top_k_capture=settings.top_k_capture, replay=settings.replays
+    )
+
+
 def continuous(
     engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
 ) -> MakeRollouts:
     """Rollouts by continuous batching; `engine.top_k_capture` is that of the sampling settings."""
-    return lambda context: Continuous(context, engine)
+    return partial(Continuous, config=engine)
 
 
 def request_of(settings: SamplingConfig, key: Array, place: int) -> SamplingParams:

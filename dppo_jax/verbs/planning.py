@@ -38,6 +38,17 @@ def add(verbs: Any) -> None:
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument("-o", "--output", metavar="FILE", help="write the plan to a file too")
     plan.add_argument(
+        "--kept",
+        metavar="DIR",
+        help="keep each program's numbers in this folder, and compile none that are there",
+    )
+    plan.add_argument(
+        "--no-code",
+        action="store_true",
+        help="stop compiling where memory is assigned, several times sooner: without the size of "
+        "the machine code and the compiler's seconds",
+    )
+    plan.add_argument(
         "--no-suggestions", action="store_true", help="compile no changes where it does not fit"
     )
 
@@ -48,6 +59,8 @@ def _plan(options: argparse.Namespace) -> None:
     if options.price is not None and options.price < 0:
         raise ValueError(f"--price {options.price} must not be negative")
     named = [topology.parse(name) for name in (options.topology or options.scaling).split(",")]
+    if options.no_code and any(each.platform == "gpu" for each in named):
+        raise ValueError("--no-code is for TPUs: programs for GPUs are compiled by XLA for CPUs")
     topology.prepare(named)  # before JAX is imported
     from dppo_jax.config import load_recipe, split_overrides
     from dppo_jax.plan.programs import Settings
@@ -69,12 +82,14 @@ def _plan_one(options: argparse.Namespace, settings: Any, topology: Any) -> None
     from dppo_jax.plan.step_plan import plan_step
     from dppo_jax.plan.suggest import suggestions
 
-    plan = plan_step(settings, topology, report=_say)
+    kept = _kept(options)
+    code = not options.no_code
+    plan = plan_step(settings, topology, report=_say, kept=kept, code=code)
     found = plan.as_dict(options.price)
     text = text_of(plan, options.price)
     if not plan.fits and not options.no_suggestions:
         tried = []
-        for each in suggestions(plan, _say):
+        for each in suggestions(plan, _say, kept):
             _say(str(each))
             tried.append(each)
         found["suggestions"] = [vars(each) for each in tried]
@@ -82,6 +97,7 @@ def _plan_one(options: argparse.Namespace, settings: Any, topology: Any) -> None
     asked = " ".join(["dppo plan", options.recipe, "--topology", topology.name])
     asked += "".join(f" --over {' '.join(options.over)}" for _ in options.over[:1])
     asked += "".join(f" {override}" for override in options.overrides)
+    asked += " --no-code" if options.no_code else ""
     asked += f" --price {options.price:g}" if options.price is not None else ""
     _write(options, found, f"{asked}\n\n{text}")
     if not plan.fits:
@@ -95,8 +111,16 @@ def _plan_one(options: argparse.Namespace, settings: Any, topology: Any) -> None
 def _scale(options: argparse.Namespace, settings: Any, topologies: Any) -> None:
     from dppo_jax.plan import scaling
 
-    rows = scaling.rows_of(scaling.scale(settings, topologies, _say))
+    rows = scaling.rows_of(
+        scaling.scale(settings, topologies, _say, _kept(options), not options.no_code)
+    )
     _write(options, {"scaling": rows}, scaling.text_of(rows))
+
+
+def _kept(options: argparse.Namespace) -> Any:
+    from dppo_jax.plan.kept import Kept
+
+    return Kept(Path(options.kept)) if options.kept else None
 
 
 def _write(options: argparse.Namespace, found: dict[str, Any], text: str) -> None:

@@ -35,9 +35,14 @@ def dppo_plan(*options: str, status: int = 0) -> subprocess.CompletedProcess:
     return done
 
 
-def test_every_program_of_a_step_compiles_for_a_tpu():
-    done = dppo_plan("--topology", "v5e:2x2", "--json")
-    plan = json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def whole() -> dict:
+    """A plan of all programs, compiled to their end."""
+    return json.loads(dppo_plan("--topology", "v5e:2x2", "--json").stdout)
+
+
+def test_every_program_of_a_step_compiles_for_a_tpu(whole):
+    plan = whole
     print(plan)
     programs = plan["programs"]
     assert (plan["chips"], plan["mesh"], plan["fits"]) == (4, {"fsdp": 4}, True)
@@ -57,6 +62,17 @@ def test_every_program_of_a_step_compiles_for_a_tpu():
     assert 1 < programs["decode"]["flops"] / decoded < 1.3
     assert all(p["compiler_seconds"] > 0 for name, p in programs.items() if p["flops"])
     assert plan["step_seconds"] > 0 and plan["tokens_per_second_per_chip"] > 0
+
+
+def test_a_plan_without_machine_code(whole, tmp_path):
+    """Sooner, and what it tells is that of the whole compilation; each program is kept."""
+    short = ["--topology", "v5e:2x2", "--json", "--no-code", "--kept", str(tmp_path)]
+    part = json.loads(dppo_plan(*short).stdout)["programs"]
+    assert list(part) == list(whole["programs"]) and len(list(tmp_path.iterdir())) == len(part)
+    for name, program in part.items():
+        for number in ("arguments", "temporaries", "output", "flops", "moved", "sent"):
+            assert program[number] == whole["programs"][name][number], (name, number)
+        assert program["compiler_seconds"] is None
 
 
 def test_an_unknown_slice_lists_the_known_ones():

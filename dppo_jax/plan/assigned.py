@@ -1,0 +1,135 @@
+"""Memory as XLA assigns it, from what it writes down while it compiles; and compiling no further.
+
+PJRT's `temp_size_in_bytes` is more than a TPU's program takes where there are loops: 512 MiB for
+one that carries three arrays of 128 (libtpu 0.0.42.1), of which XLA assigns, and at the peak PJRT
+itself counts, 384.
+
+Machine code is most of a TPU compilation and decides no byte of arguments, temporaries and output.
+A compilation cannot be stopped, so whoever calls `measured` should be a process that ends then:
+`in_child` makes one.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.+):$", re.MULTILINE)
+_ASSIGNMENT = "*.after_optimizations-buffer-assignment.txt"
+_SECONDS = 0.5  # between two looks
+
+
+def compiled(lowered: Any) -> tuple[dict[str, float], Any]:
+    """Bytes of a device by kind, and the program, compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = lowered.compile(compiler_options={"xla_dump_to": folder})
+        memory = program.memory_analysis()
+        assert memory is not None, "every backend that JAX ships reports a program's memory"
+        files = list(Path(folder).glob(_ASSIGNMENT))
+        found = {
+            "arguments": float(memory.argument_size_in_bytes),
+            "temporaries": float(memory.temp_size_in_bytes),
+            "output": float(memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        }
+        if len(files) == 1:  # of a TPU
+            found = sizes_of(files[0].read_text())
+    return found | {"code": float(memory.generated_code_size_in_bytes)}, program
+
+
+def measured(lowered: Any) -> tuple[dict[str, float], str]:
+    """Bytes of a device by kind, and the program's HLO text, while it is still being compiled.
+
+    Raises what the compiler raises where it does not come so far.
+    """
+    failed: list[Exception] = []
+
+    def compile_to(folder: str) -> None:
+        try:
+            lowered.compile(compiler_options={"xla_dump_to": folder})
+        except jax.errors.JaxRuntimeError as error:
+            failed.append(error)
+
+    folder = tempfile.mkdtemp()
+    try:
+        return _until_assigned(compile_to, folder, failed)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _until_assigned(
+    compile_to: Callable[[str], None], folder: str, failed: list[Exception]
+) -> tuple[dict[str, float], str]:
+    running = threading.Thread(target=compile_to, args=(folder,), daemon=True)
+    running.start()
+    size = -1
+    while True:
+        alive = running.is_alive()
+        if failed:
+            raise failed[0]
+        written = list(Path(folder).glob("*after_optimizations_after_buffer_assignment.txt"))
+        before, size = size, written[0].stat().st_size if written else -1
+        if written and (size == before or not alive):  # the last of the files, and whole
+            (memory,) = Path(folder).glob(_ASSIGNMENT)
+            return sizes_of(memory.read_text()), written[0].read_text()
+        if not alive:
+            raise RuntimeError(f"XLA wrote no assignment of memory to {folder}")
+        time.sleep(_SECONDS)
+
+
+def sizes_of(assignment: str) -> dict[str, float]:
+    """Bytes in HBM of what XLA lists as a program's allocations; constants count as code."""
+    found = dict.fromkeys(("arguments", "temporaries", "output", "code"), 0.0)
+    for size, told in _ALLOCATION.findall(assignment):
+        words = told.split(", ")
+        if any(word.startswith("color") for word in words):  # a memory on the chip
+            continue
+        kinds = {
+            "arguments": any(word.startswith("parameter") for word in words),
+            "temporaries": "preallocated-temp" in words,
+            "output": "maybe-live-out" in words,
+            "code": "constant" in words,
+        }
+        for name, is_it in kinds.items():
+            if is_it:
+                found[name] += float(size)
+                break
+    return found
+
+
+def in_child(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The function's dict from a process that ends with it; a ValueError of its own goes on.
+
+    To be called before JAX has made a backend in this process.
+    """
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            try:
+                answer: dict[str, Any] = {"found": function()}
+            except ValueError as error:
+                answer = {"refused": str(error)}
+            with os.fdopen(writes, "w") as out:
+                out.write(json.dumps(answer))
+            status = 0
+        finally:
+            os._exit(status)  # and with it what is still being compiled
+    os.close(writes)
+    with os.fdopen(reads) as given:
+        text = given.read()
+    _, status = os.waitpid(child, 0)
+    if not text:
+        raise RuntimeError(f"a compilation ended with status {status}: its reason is above")
+    answer = json.loads(text)
+    if "refused" in answer:
+        raise ValueError(answer["refused"])
+    return answer["found"]
