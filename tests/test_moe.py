@@ -9,7 +9,7 @@ import pytest
 
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model
-from dppo_jax.models.moe import Load, Routing, expert_mlps, route
+from dppo_jax.models.moe import Load, Routing, expert_mlps, gradient_by_expert, route
 from dppo_jax.objectives import dppo_binary_tv
 from dppo_jax.optimizer import adamw
 from dppo_jax.records import Batch, Rollout
@@ -155,3 +155,15 @@ def test_the_update_balances_the_load():
     assert losses[0] > 2.1 and losses[-1] < 0.5 * losses[0] + 0.5 * 2.0  # 2 is even
     with pytest.raises(ValueError, match="load_balancing=1.0 is for models with experts"):
         dataclasses.replace(config, experts=0)
+
+
+@pytest.mark.parametrize("rows", [128, 150])
+def test_the_gradient_of_experts_by_a_tpus_kernel(rows):
+    """An expert without rows, and rows without an expert, which may hold anything."""
+    sizes = jnp.array([40, 0, 61, 20], jnp.int32)
+    x, d_out = (jax.random.normal(jax.random.key(i), (rows, n)) for i, n in enumerate((16, 24)))
+    x = x.at[121:].set(jnp.nan)
+    ours = gradient_by_expert(x, d_out, sizes, interpret=True)
+    ends = np.cumsum([0, *sizes])
+    for expert, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        np.testing.assert_allclose(ours[expert], x[start:end].T @ d_out[start:end], atol=1e-4)

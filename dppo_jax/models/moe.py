@@ -10,8 +10,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Bool, Float, Int
 
+from dppo_jax.kernels import tiles
+
+ROW_TILES, LARGEST_TILE = (512, 256, 128), 1024  # of `tgmm`: rows, and columns of either factor
 # "gate", "up", "down" -> the adapter's A [E, in, r] and s·B [E, r, out] (`adapters.Adapter`)
 LowRank = Mapping[str, tuple[Array, Array]]
 
@@ -141,6 +145,48 @@ def expert_mlps(
     return jnp.einsum("nkd,nk->nd", by_token, gates.astype(y.dtype))
 
 
+@jax.custom_vjp
+def grouped_product(
+    x: Float[Array, "M I"], weight: Float[Array, "E I O"], sizes: Int[Array, " E"]
+) -> Float[Array, "M O"]:
+    """Each expert's rows of x by its matrix: the first sizes_0 are expert 0's, and so on.
+
+    Backward dX_e = dY_e·W_e^T and dW_e = X_e^T·dY_e. On a TPU dW is megablox' `tgmm` (of JAX):
+    XLA (libtpu 0.0.42.1) multiplies all rows for every expert there, under a mask.
+    """
+    return jax.lax.ragged_dot(x, weight, sizes)
+
+
+def _grouped_forward(x, weight, sizes):
+    return grouped_product(x, weight, sizes), (x, weight, sizes)
+
+
+def _grouped_backward(saved, d_out):
+    x, weight, sizes = saved
+    d_x = jax.lax.ragged_dot(d_out, weight.swapaxes(1, 2), sizes)
+    if tiles.target().platform == "tpu":
+        return d_x, gradient_by_expert(x, d_out, sizes), None
+    (d_weight,) = jax.linear_transpose(lambda w: jax.lax.ragged_dot(x, w, sizes), weight)(d_out)
+    return d_x, d_weight, None
+
+
+grouped_product.defvjp(_grouped_forward, _grouped_backward)
+
+
+def gradient_by_expert(
+    x: Float[Array, "M I"],
+    d_out: Float[Array, "M O"],
+    sizes: Int[Array, " E"],
+    interpret: bool = False,
+) -> Float[Array, "E I O"]:
+    """X_e^T·dY_e of each expert's rows by `tgmm`, which takes whole tiles of rows."""
+    rows = next((tile for tile in ROW_TILES if len(x) % tile == 0), ROW_TILES[-1])
+    room = ((0, -len(x) % rows), (0, 0))
+    x, d_out = jnp.pad(x, room), jnp.pad(d_out, room)
+    tiling = rows, min(x.shape[1], LARGEST_TILE), min(d_out.shape[1], LARGEST_TILE)
+    return tgmm(x.swapaxes(0, 1), d_out, sizes, x.dtype, tiling, interpret=interpret)
+
+
 def grouped_mlps(
     x: Float[Array, "M D"],
     sizes: Int[Array, " E"],
@@ -157,10 +203,10 @@ def grouped_mlps(
     """
 
     def product(x: Array, name: str, weight: Array) -> Array:
-        out = jax.lax.ragged_dot(x, weight.astype(x.dtype), sizes)
+        out = grouped_product(x, weight.astype(x.dtype), sizes)
         if adapters and name in adapters:
             a, b = (factor.astype(x.dtype) for factor in adapters[name])
-            out += jax.lax.ragged_dot(jax.lax.ragged_dot(x, a, sizes), b, sizes)
+            out += grouped_product(grouped_product(x, a, sizes), b, sizes)
         return out
 
     opened, linear = product(x, "gate", gate), product(x, "up", up)
