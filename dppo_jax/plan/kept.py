@@ -12,7 +12,7 @@ from dppo_jax.plan.topology import Topology
 
 # Whose change changes numbers: compilers, their settings, and what reads their programs.
 _COMPILERS = ("jax", "jaxlib", "libtpu")
-_READERS = ("assigned.py", "compiling.py", "hlo.py", "hlo_text.py")
+_READERS = ("assigned.py", "hlo.py", "hlo_text.py")
 
 
 class Kept:
