@@ -99,10 +99,10 @@ def with_improvement(numbers: Mapping[str, float]) -> dict[str, float]:
     if "bound/surrogate" in numbers:
         penalty = penalty_sum_tv(numbers["advantage/max"], numbers["bound/tv_sum"])
         found["bound/improvement"] = numbers["bound/surrogate"] - float(penalty)
-    if "bound/prefix_budget" in numbers:
-        horizon, tv_max = int(numbers["bound/horizon"]), numbers["divergence/max"]
+    if "bound/prefix_budget_max" in numbers:
+        horizon, tv_max = int(numbers["bound/length_max"]), numbers["divergence/max"]
         penalty = penalty_prefix(
-            numbers["advantage/max"], horizon, tv_max, numbers["bound/prefix_budget"]
+            numbers["advantage/max"], horizon, tv_max, numbers["bound/prefix_budget_max"]
         )
         found["bound/prefix_improvement"] = numbers["bound/surrogate"] - float(penalty)
     return found

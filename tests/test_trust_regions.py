@@ -145,15 +145,19 @@ def test_cppo_masks_by_hand(sign, kept):
 
 def test_theorem_1_as_a_metric():
     """δ_b = max S_t / W_t = .1 / 1, the first prefix; L' = Σ (r - 1) = .9 where A = 1; T = 5,
-    ℓ = .16: .9 - 2·5·4·.16·.1 = .26. Of KL there is none."""
+    ℓ = .16: .9 - 2·5·4·.16·.1 = .26. Of KL, and from old, there is none."""
     stats, batch = of_ratios(1.0)
     objective = o.cppo(given_distances(D), 0.15, budget=BUDGET)
     found = step_numbers([objective.loss(stats, batch).metrics])
-    assert found["bound/prefix_budget"] == pytest.approx(0.1) and found["bound/horizon"] == 5
+    assert found["bound/prefix_budget_max"] == pytest.approx(0.1) and found["bound/length_max"] == 5
     assert found["bound/surrogate"] == pytest.approx(0.9)
     assert found["bound/prefix_improvement"] == pytest.approx(0.26, rel=1e-5)
-    of_kl = o.cppo(o.binary_kl_measure, 0.1).loss(stats, batch).metrics
-    assert "bound/prefix_budget" not in of_kl
+    batch = replace(batch, logp_old=stats.logp)
+    for other in (
+        o.cppo(o.binary_kl_measure, 0.1),
+        o.cppo(o.binary_tv_measure, anchor=o.old_anchor),
+    ):
+        assert "bound/prefix_budget_max" not in other.loss(stats, batch).metrics
 
 
 def test_cppo_soft_gate_by_hand():

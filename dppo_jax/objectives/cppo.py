@@ -166,7 +166,7 @@ def _region(
         distance = jax.lax.stop_gradient(measure(stats, batch, logps))
         prefix = prefix_sums(distance, batch.rollout.response_mask, w_min=w_min, budget=made)
         found = decide(prefix, by_sign(batch, *deltas), moving_away(stats, batch, logps))
-        if measure in KL_MEASURES:  # theorem 1 is about total variation
+        if measure in KL_MEASURES or centre.needs:  # theorem 1: total variation, from μ
             return found
         return found._replace(metrics=_bound_terms(prefix, batch.rollout.response_mask))
 
@@ -178,8 +178,8 @@ def _bound_terms(prefix: Prefix, mask: Bool[Array, "B T"]) -> Metrics:
     as δ_b, which no mean over sequences exceeds."""
     share = (prefix.spent + prefix.weighted) / jnp.maximum(prefix.weights, 1e-6)
     return {
-        "bound/prefix_budget": largest(share, mask),
-        "bound/horizon": Max(jnp.max(mask.sum(axis=1), initial=0).astype(jnp.float32)),
+        "bound/prefix_budget_max": largest(share, mask),
+        "bound/length_max": Max(jnp.max(mask.sum(axis=1), initial=0).astype(jnp.float32)),
     }
 
 
