@@ -213,6 +213,7 @@ DAMAGES = {
     "rope": (change_config(rope_parameters=dict(rope_type="longrope")), "known are default"),
     "no factor": (change_config(rope_parameters=dict(rope_type="linear")), "lacks 'factor'"),
     "a size": (change_config(hidden_size="24"), "hidden_size='24' should be a whole number"),
+    "a number": (change_config(rms_norm_eps="small"), "json: rms_norm_eps='small' should be a"),
     "heads": (change_config(num_key_value_heads=3), "heads=4 is not a multiple of kv_heads=3"),
     "fewer layers": (change_config(num_hidden_layers=1), "has no place for"),
     "more layers": (change_config(num_hidden_layers=3), "lacks the tensor model.layers.2."),

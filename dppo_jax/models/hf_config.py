@@ -118,7 +118,7 @@ def parse(given: Json, where: str = "config.json") -> DecoderConfig:
     def number(name: str) -> float | None:
         value = hf.get(name)
         if value is not None and not isinstance(value, int | float):
-            raise ValueError(f"{where}: {name}={value!r} should be a number")
+            raise ValueError(f"{name}={value!r} should be a number")
         return None if value is None else float(value)
 
     for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
