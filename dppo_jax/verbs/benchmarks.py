@@ -145,11 +145,7 @@ def _compile_head(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({"compiled": rows}))
         return
-    cells = {}
-    for row in rows:
-        cells[f"{row['chip']} {row['form']}"] = (
-            f"{_compiled(row)}   roofline {row['roofline_seconds'] * 1e3:.1f} ms"
-        )
+    cells = {f"{row['chip']} {row['form']}": _compiled(row) for row in rows}
     Console().table(f"head N={shape[0]} D={shape[1]} V={shape[2]} K={options.top_k}", cells)
 
 
@@ -157,9 +153,9 @@ def _compiled(row: dict[str, Any]) -> str:
     if not row["fits"]:
         return f"does not fit: needs {row['needed_bytes'] / 2**30:.1f} GiB"
     seconds = row["compiler_seconds"]
-    least = "at least " if row["unknown_operations"] else ""
+    least = ">= " if row["unknown_operations"] else ""
+    told = "-" if seconds is None else f"{least}{seconds * 1e3:.1f}"
     return (
-        f"{row['temporary_bytes'] / 2**20:7.0f} MiB   {row['temporary_share']:6.1%} of N x V   "
-        f"{row['flops'] / 1e12:6.1f} TFLOP   compiler "
-        + ("-" if seconds is None else f"{least}{seconds * 1e3:.1f} ms")
+        f"{row['temporary_bytes'] / 2**20:.0f} MiB ({row['temporary_share']:.1%} of N x V), "
+        f"{told} ms (roofline {row['roofline_seconds'] * 1e3:.1f})"
     )
