@@ -14,7 +14,7 @@ from dppo_jax.rewards.matches import multiple_choice
 from dppo_jax.rewards.mathematics import math_answer
 from dppo_jax.rewards.plain_latex import plain, same
 from dppo_jax.rewards.pool import Pool
-from dppo_jax.rewards.verdicts import grade
+from dppo_jax.rewards.verdicts import grade, in_worker
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/equality_pairs.json").read_text())
 
@@ -198,7 +198,8 @@ def test_equality_pairs_at_the_default_settings(shared_data):
     rows = equality_pairs(shared_data)
     examples = [Example(str(n), "", row["gold"], "") for n, row in enumerate(rows, start=1)]
     with Pool(2) as pool:
-        verdicts = pool.grade(math_answer, examples, [r["pred"] for r in rows], [True] * len(rows))
+        patient = in_worker(math_answer, seconds=5.0, waiting_seconds=60.0)  # the verdicts count
+        verdicts = pool.grade(patient, examples, [r["pred"] for r in rows], [True] * len(rows))
     wrong = [bool(v.score) != row["equal"] for v, row in zip(verdicts, rows, strict=True)]
     false = {e.id for e, v, row in zip(examples, verdicts, rows, strict=True)
              if v.score and not row["equal"]}  # fmt: skip
