@@ -73,7 +73,8 @@ def math_answer(
     ValueError if the example has no answer.
 
     Some texts keep a computer algebra system busy for ever. This function sets no limit of its own:
-    it is declared isolated, so `grade` runs it in the worker pool, which does.
+    it is declared isolated, so `grade` runs it in the worker pool, which does. On a machine so slow
+    or crowded that right answers meet it, `verdicts.in_worker` around this one sets another.
     """
     for name, known in (("places", (*_PLACES, "whole")), ("forms", ("latex", "expr"))):
         given = {"places": places, "forms": forms}[name]
