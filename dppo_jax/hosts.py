@@ -30,6 +30,8 @@ _PEER = re.compile(r"JaxRuntimeError.*(Gloo|NCCL|peer|socket|UNAVAILABLE)", re.I
 FAILED, SEEN = "dppo/failed/", "dppo/seen/"
 _AN_AGE_MS = 7 * 24 * 3600 * 1000  # where only a failure, which the watch sees, ends the wait
 _leaving = threading.Lock()  # taken by the thread that ends this process
+_over = threading.Event()  # nobody watches the others any more
+_watcher = threading.Thread(target=lambda: _watch(), daemon=True)
 _times: collections.Counter[str] = collections.Counter()  # how often a name has been used
 
 
@@ -78,7 +80,7 @@ def start(cluster: Cluster) -> None:
         return  # a TPU host that is told of no others
     finally:
         timer.cancel()
-    threading.Thread(target=_watch, daemon=True).start()
+    _watcher.start()
     exchange("name", socket.gethostname())
 
 
@@ -232,6 +234,10 @@ def finish_together() -> None:
     client = _client() if jax.distributed.is_initialized() else None
     if client is not None:
         client.wait_at_barrier("dppo/done", _AN_AGE_MS)
+        # An interpreter that ends aborts where a thread is in JAX's client.
+        _over.set()
+        if _watcher.is_alive():
+            _watcher.join()
         jax.distributed.shutdown()
 
 
@@ -240,8 +246,7 @@ def _watch() -> None:
     client, here = _client(), jax.process_index()
     if client is None:
         return
-    while True:
-        time.sleep(1.0)
+    while not _over.wait(1.0):
         try:
             told = client.key_value_dir_get(FAILED)
         except Exception:  # the coordinator is gone: JAX ends us, or the run is over

@@ -1,6 +1,7 @@
 """What the verbs share: how one is added to the parser, and how JAX is started for it."""
 
 import argparse
+import glob
 import importlib.util
 import os
 from collections.abc import Callable
@@ -92,7 +93,14 @@ def start_jax(options: argparse.Namespace | None = None, cpu_devices: int = 1) -
 
 
 def _cpu_only() -> bool:
-    """Whether JAX will run on the CPU: it was told to, or there is nothing else for it."""
-    plugins = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+    """Whether JAX will run on the CPU: it was told to, or there is nothing else for it.
+
+    libtpu alone is no TPU: `dppo plan` compiles with it anywhere.
+    """
     asked = os.environ.get("JAX_PLATFORMS")
-    return asked == "cpu" if asked else not any(map(importlib.util.find_spec, plugins))
+    if asked:
+        return asked == "cpu"
+    plugins = ["jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin"]
+    if any(glob.glob(files) for files in ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")):
+        plugins.append("libtpu")
+    return not any(map(importlib.util.find_spec, plugins))
