@@ -33,7 +33,15 @@ def dry_call(
         if critic is not None:
             values = logp if critic.outputs is None else jnp.zeros((*logp.shape, critic.outputs))
         rollout = Rollout(
-            prompts, prompts == 0, ids, mask, logp, topk.astype(jnp.int32), topk, logp, ids[:, 0]
+            prompt_tokens=prompts,
+            prompt_mask=prompts == 0,
+            response_tokens=ids,
+            response_mask=mask,
+            logp_rollout=logp,
+            topk_ids=topk.astype(jnp.int32),
+            topk_logp_rollout=topk,
+            entropy_rollout=logp,
+            finish_reason=ids[:, 0],
         )
         rewards = jnp.zeros((PROMPTS, sampling.samples_per_prompt))
         found = estimate(advantage, inputs_of(rewards, rollout, None, values))

@@ -143,14 +143,19 @@ def check_needs(
             "the objective needs sums over the whole vocabulary's distribution, which is not what "
             "top_k, top_p or min_p sample from: leave them at 0, 1 and 0"
         )
-    if critic is None:
-        if "values" in needs:
-            raise ValueError(
-                "the objective or the advantage estimator needs a critic: set train.critic to "
-                "critic.ValueModel()"
-            )
-        dry_call(objective, advantage, critic, sampling)
-        return
+    if critic is not None:
+        _check_critic(critic, objective, tokenizer, mesh)
+    elif "values" in needs:
+        raise ValueError(
+            "the objective or the advantage estimator needs a critic: set train.critic to "
+            "critic.ValueModel()"
+        )
+    dry_call(objective, advantage, critic, sampling)
+
+
+def _check_critic(
+    critic: Critic | HeadCritic, objective: Objective, tokenizer: Tokenizer, mesh: Mesh
+) -> None:
     if "values" not in objective.needs:
         raise ValueError(
             "the critic would learn nothing: wrap the objective in objectives.with_value_loss()"
@@ -161,7 +166,6 @@ def check_needs(
             f"{critic.config.vocab_size}: set it to at least the tokenizer's"
         )
     _check_model_divides(critic.config, mesh)
-    dry_call(objective, advantage, critic, sampling)
 
 
 def write_files(directory: Path, texts: Mapping[str, str]) -> None:

@@ -46,7 +46,7 @@ from dppo_jax.multihost import is_writer, row_share
 from dppo_jax.partial_rollouts import PartialCollector, PartialRollouts, check_partial
 from dppo_jax.preflight import check_needs, check_routing, check_sizes, write_files
 from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
-from dppo_jax.prompts.overlap import Policy, check_overlap
+from dppo_jax.prompts.overlap import OnOverlap, check_overlap
 from dppo_jax.prompts.pipeline import PromptIterator, TooLong
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Objective, TrainState
@@ -78,7 +78,7 @@ def train(
     max_prompt_tokens: int,
     too_long: TooLong = "error",
     curriculum: Curriculum | None = None,
-    overlap: Policy = "warn",
+    overlap: OnOverlap = "warn",
     minibatches: int = 1,
     microbatches: int = 1,
     tokens_per_microbatch: int | None = None,
@@ -200,19 +200,19 @@ def train(
         collect = PartialCollector(engine, prompts, asking, partial_rollouts)
     key = jax.random.key(seed)
     initial_key, sampling_key = jax.random.split(key)
-    temperature = sampling.temperature
     update = make_update(
-        network, objective, optimizer, valued, temperature=temperature,
+        network, objective, optimizer, valued, temperature=sampling.temperature,
         microbatches=microbatches, tokens_per_microbatch=tokens_per_microbatch,
     )  # fmt: skip
     batch_of = make_batch_of(
-        network, objective, advantage, reward_penalty, valued, temperature=temperature,
+        network, objective, advantage, reward_penalty, valued, temperature=sampling.temperature,
         replay_own_routing=routing == "replay_trainer", tokens_per_microbatch=tokens_per_microbatch,
     )  # fmt: skip
     choose = chooser(rollout_policy)
     foresee = foresight(rollout_policy, sampling_key)
     tightness = make_tightness(network, sampling.temperature, parts=minibatches * microbatches)
-    exact, exact_old = (f"exact_divergence{of}" in objective.needs for of in ("", "_old"))
+    exact = "exact_divergence" in objective.needs
+    exact_old = "exact_divergence_old" in objective.needs
 
     def fresh_state(params: Params, base: Params | None) -> TrainState:
         memory = rollout_policy.init(network.policy(params, base))

@@ -42,6 +42,7 @@ def attend(
 ) -> Float[Array, "p h g r s d"]:
     """softmax(soft_capped(q·k) + bias)·v over all of `keys` together; scores in float32.
 
+    Weights W = E / Σ E, E = exp(score - the highest), are never made: the sum divides O and dO.
     Backward: dS = W·(dW - Σ_d dO·O), the rowwise sum over d instead of over the keys (Dao et al.,
     arXiv 2205.14135, section B.2); under a cap times 1 - tanh², the scores recomputed.
     """

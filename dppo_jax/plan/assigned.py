@@ -9,14 +9,14 @@ A compilation cannot be stopped, so whoever calls `measured` should be a process
 `in_child` makes one.
 """
 
-import json
-import os
+import multiprocessing
 import re
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -109,27 +109,25 @@ def in_child(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
     To be called before JAX has made a backend in this process.
     """
-    reads, writes = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            try:
-                answer: dict[str, Any] = {"found": function()}
-            except ValueError as error:
-                answer = {"refused": str(error)}
-            with os.fdopen(writes, "w") as out:
-                out.write(json.dumps(answer))
-            status = 0
-        finally:
-            os._exit(status)  # and with it what is still being compiled
-    os.close(writes)
-    with os.fdopen(reads) as given:
-        text = given.read()
-    _, status = os.waitpid(child, 0)
-    if not text:
-        raise RuntimeError(f"a compilation ended with status {status}: its reason is above")
-    answer = json.loads(text)
-    if "refused" in answer:
-        raise ValueError(answer["refused"])
-    return answer["found"]
+    fork = multiprocessing.get_context("fork")
+    reads, writes = fork.Pipe(duplex=False)
+    child = fork.Process(target=_answer, args=(function, writes))
+    child.start()
+    writes.close()
+    try:
+        answer = reads.recv()
+    except EOFError:
+        answer = None
+    child.join()  # which ends what is still being compiled
+    if isinstance(answer, ValueError):
+        raise answer
+    if answer is None:
+        raise RuntimeError(f"a compilation ended with status {child.exitcode}: see above")
+    return answer
+
+
+def _answer(function: Callable[[], dict[str, Any]], writes: Connection) -> None:
+    try:
+        writes.send(function())
+    except ValueError as error:
+        writes.send(error)

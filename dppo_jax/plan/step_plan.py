@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -92,12 +93,7 @@ def plan_step(
             step = step or _step(settings, topology)
             compiled = _compiled(step, topology, name, kept, code)
         else:
-            found = in_child(
-                lambda name=name: asdict(  # type: ignore[misc]
-                    _compiled(_step(settings, topology), topology, name, kept, code)
-                )
-            )
-            compiled = Compiled(**found)
+            compiled = Compiled(**in_child(partial(_numbers, settings, topology, name, kept)))
         plan.programs.append(compiled)
         report(
             f"{topology.name} {name}: {compiled.total / GIB:.1f} of {compiled.hbm / GIB:.1f} "
@@ -112,6 +108,13 @@ def _mesh_of(settings: Settings, topology: Topology) -> dict[str, int]:
 
 def _step(settings: Settings, topology: Topology) -> Step:
     return Step(settings, settings.mesh.build(topology.devices()))
+
+
+def _numbers(
+    settings: Settings, topology: Topology, name: str, kept: Kept | None
+) -> dict[str, Any]:
+    """Of a program that is compiled until memory is assigned: fields of `Compiled`."""
+    return asdict(_compiled(_step(settings, topology), topology, name, kept, code=False))
 
 
 def _compiled(step: Step, topology: Topology, name: str, kept: Kept | None, code: bool) -> Compiled:

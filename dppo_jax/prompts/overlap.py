@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from dppo_jax.prompts.examples import Example
 
-Policy = Literal["warn", "refuse"]
+OnOverlap = Literal["warn", "refuse"]
 
 _LAYOUT = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|text|textbf|mathrm|mathbf|quad|qquad|,|;|!|:| )"
@@ -50,7 +50,7 @@ def find_overlap(train: Iterable[Example], held_out: Iterable[Example]) -> Overl
 
 
 def check_overlap(
-    train: Sequence[Example], held_out: Mapping[str, Sequence[Example]], policy: Policy
+    train: Sequence[Example], held_out: Mapping[str, Sequence[Example]], policy: OnOverlap
 ) -> list[str]:
     """One line for each evaluation set that shares problems with training; ValueError to refuse."""
     lines = []
