@@ -1,6 +1,7 @@
 """The mixture of experts against a dense form that runs every expert on every token."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model
-from dppo_jax.models.moe import Load, Routing, expert_mlps, gradient_by_expert, route
+from dppo_jax.models.grouped import gradient_by_expert, grouped_product
+from dppo_jax.models.moe import Load, Routing, expert_mlps, route
 from dppo_jax.objectives import dppo_binary_tv
 from dppo_jax.optimizer import adamw
 from dppo_jax.records import Batch, Rollout
@@ -155,6 +157,35 @@ def test_the_update_balances_the_load():
     assert losses[0] > 2.1 and losses[-1] < 0.5 * losses[0] + 0.5 * 2.0  # 2 is even
     with pytest.raises(ValueError, match="load_balancing=1.0 is for models with experts"):
         dataclasses.replace(config, experts=0)
+
+
+@pytest.mark.parametrize("sizes", [(40, 0, 61, 20), (0, 0, 0, 130), (0, 0, 0, 0)])
+def test_products_of_experts_in_a_cpus_blocks(sizes):
+    """Blocks that run into the next expert's rows, experts of several and of none; bfloat16 too."""
+    rows, ends = 140, np.cumsum([0, *sizes])
+    x = jax.random.normal(jax.random.key(0), (rows, 6)).at[ends[-1] :].set(jnp.nan)
+    weight = jax.random.normal(jax.random.key(1), (len(sizes), 6, 5))
+    d_out = jax.random.normal(jax.random.key(2), (rows, 5))
+    product = partial(grouped_product, sizes=jnp.array(sizes, jnp.int32))
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.02)):
+        given = [leaf.astype(dtype) for leaf in (x, weight, d_out)]
+
+        @jax.jit
+        def of(x, weight, d_out):
+            out, back = jax.vjp(product, x, weight)
+            return out, *back(d_out)
+
+        found = [np.asarray(leaf, np.float32) for leaf in of(*given)]
+        x_, w_, d_ = (np.asarray(leaf, np.float32) for leaf in given)
+        for e, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+            mine = slice(start, end)
+            for ours, theirs in (
+                (found[0][mine], x_[mine] @ w_[e]),
+                (found[1][mine], d_[mine] @ w_[e].T),
+                (found[2][e], x_[mine].T @ d_[mine]),
+            ):
+                largest = max(1.0, np.max(np.abs(theirs), initial=0.0))
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("rows", [128, 150])

@@ -1,8 +1,8 @@
 """A mixture of experts: each token's MLP is a weighted sum of the few that a router picks for it.
 
-Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`): no token is
-dropped, no expert has a capacity, and the work is that of `experts_per_token` experts a token.
-On a mesh: `expert_parallel`.
+Tokens are sorted by expert and multiplied group by group (`grouped`): no token is dropped, no
+expert has a capacity, and the work is that of `experts_per_token` experts a token. On a mesh:
+`expert_parallel`.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,12 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Bool, Float, Int
 
-from dppo_jax.kernels import tiles
+from dppo_jax.models.grouped import grouped_product
 
-ROW_TILES, LARGEST_TILE = (512, 256, 128), 1024  # of `tgmm`: rows, and columns of either factor
 # "gate", "up", "down" -> the adapter's A [E, in, r] and s·B [E, r, out] (`adapters.Adapter`)
 LowRank = Mapping[str, tuple[Array, Array]]
 
@@ -143,48 +141,6 @@ def expert_mlps(
     out = grouped_mlps(grouped, sizes, gate, up, down, activation, adapters)
     by_token = out[jnp.argsort(order)].reshape(tokens, each, -1)
     return jnp.einsum("nkd,nk->nd", by_token, gates.astype(y.dtype))
-
-
-@jax.custom_vjp
-def grouped_product(
-    x: Float[Array, "M I"], weight: Float[Array, "E I O"], sizes: Int[Array, " E"]
-) -> Float[Array, "M O"]:
-    """Each expert's rows of x by its matrix: the first sizes_0 are expert 0's, and so on.
-
-    Backward dX_e = dY_e·W_e^T and dW_e = X_e^T·dY_e. On a TPU dW is megablox' `tgmm` (of JAX):
-    XLA (libtpu 0.0.42.1) multiplies all rows for every expert there, under a mask.
-    """
-    return jax.lax.ragged_dot(x, weight, sizes)
-
-
-def _grouped_forward(x, weight, sizes):
-    return grouped_product(x, weight, sizes), (x, weight, sizes)
-
-
-def _grouped_backward(saved, d_out):
-    x, weight, sizes = saved
-    d_x = jax.lax.ragged_dot(d_out, weight.swapaxes(1, 2), sizes)
-    if tiles.target().platform == "tpu":
-        return d_x, gradient_by_expert(x, d_out, sizes), None
-    (d_weight,) = jax.linear_transpose(lambda w: jax.lax.ragged_dot(x, w, sizes), weight)(d_out)
-    return d_x, d_weight, None
-
-
-grouped_product.defvjp(_grouped_forward, _grouped_backward)
-
-
-def gradient_by_expert(
-    x: Float[Array, "M I"],
-    d_out: Float[Array, "M O"],
-    sizes: Int[Array, " E"],
-    interpret: bool = False,
-) -> Float[Array, "E I O"]:
-    """X_e^T·dY_e of each expert's rows by `tgmm`, which takes whole tiles of rows."""
-    rows = next((tile for tile in ROW_TILES if len(x) % tile == 0), ROW_TILES[-1])
-    room = ((0, -len(x) % rows), (0, 0))
-    x, d_out = jnp.pad(x, room), jnp.pad(d_out, room)
-    tiling = rows, min(x.shape[1], LARGEST_TILE), min(d_out.shape[1], LARGEST_TILE)
-    return tgmm(x.swapaxes(0, 1), d_out, sizes, x.dtype, tiling, interpret=interpret)
 
 
 def grouped_mlps(

@@ -175,7 +175,9 @@ class _Module:
             moved.bytes += sent
 
     def _trips(self, i: Instruction, around: dict[str, Instruction]) -> float | None:
-        """How often a loop runs: as XLA says, or from a condition `counter < constant`."""
+        """How often a loop runs: as XLA says, from a condition `counter < constant`, or by name."""
+        if said := re.search(r'/expected_trips=(\d+)/while"', i.attributes):
+            return float(said[1])  # `models.grouped`: as many as there are on average
         if known := re.search(r'known_trip_count"?:?=?\{"?n"?:"?(\d+)', i.attributes):
             return float(known[1])
         condition = self._computations.get((called(i, "condition") or [""])[0], {})

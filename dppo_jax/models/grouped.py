@@ -1,0 +1,136 @@
+"""Rows sorted by expert, each expert's times its own matrix, by what is fast on the platform.
+
+No row is dropped and no expert has a capacity. XLA multiplies every row for every expert, under a
+mask, where it has no kernel: on a TPU (libtpu 0.0.42.1) for the gradient of the matrices, which is
+megablox' `tgmm` (of JAX) here, on a CPU for all products, which are loops over blocks of rows here.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+from jaxtyping import Array, Float, Int
+
+from dppo_jax.kernels import tiles
+
+ROW_TILES, LARGEST_TILE = (512, 256, 128), 1024  # of `tgmm`: rows, and columns of either factor
+LEAST_BLOCK, LARGEST_BLOCK = 8, 128  # rows of a CPU's product
+
+
+@jax.custom_vjp
+def grouped_product(
+    x: Float[Array, "M I"], weight: Float[Array, "E I O"], sizes: Int[Array, " E"]
+) -> Float[Array, "M O"]:
+    """Each expert's rows of x by its matrix: the first sizes_0 are expert 0's, and so on.
+
+    Backward dX_e = dY_e·W_e^T and dW_e = X_e^T·dY_e. What stands in rows of no expert is undefined.
+    """
+    if tiles.target().platform == "cpu":
+        return product_by_block(x, weight, sizes)
+    return lax.ragged_dot(x, weight, sizes)
+
+
+def _forward(x, weight, sizes):
+    return grouped_product(x, weight, sizes), (x, weight, sizes)
+
+
+def _backward(saved, d_out):
+    x, weight, sizes = saved
+    platform = tiles.target().platform
+    if platform == "cpu":
+        d_x = product_by_block(d_out, weight, sizes, turned=True)
+        return d_x, gradient_by_block(x, d_out, sizes), None
+    d_x = lax.ragged_dot(d_out, weight.swapaxes(1, 2), sizes)
+    if platform == "tpu":
+        return d_x, gradient_by_expert(x, d_out, sizes), None
+    (d_weight,) = jax.linear_transpose(lambda w: lax.ragged_dot(x, w, sizes), weight)(d_out)
+    return d_x, d_weight, None
+
+
+grouped_product.defvjp(_forward, _backward)
+
+
+def gradient_by_expert(
+    x: Float[Array, "M I"],
+    d_out: Float[Array, "M O"],
+    sizes: Int[Array, " E"],
+    interpret: bool = False,
+) -> Float[Array, "E I O"]:
+    """X_e^T·dY_e of each expert's rows by `tgmm`, which takes whole tiles of rows."""
+    rows = next((tile for tile in ROW_TILES if len(x) % tile == 0), ROW_TILES[-1])
+    room = ((0, -len(x) % rows), (0, 0))
+    x, d_out = jnp.pad(x, room), jnp.pad(d_out, room)
+    tiling = rows, min(x.shape[1], LARGEST_TILE), min(d_out.shape[1], LARGEST_TILE)
+    return tgmm(x.swapaxes(0, 1), d_out, sizes, x.dtype, tiling, interpret=interpret)
+
+
+def product_by_block(
+    x: Float[Array, "M I"],
+    weight: Float[Array, "E ..."],
+    sizes: Int[Array, " E"],
+    turned: bool = False,
+) -> Float[Array, "M O"]:
+    """`grouped_product`, an expert after the other in blocks of rows; by W^T where `turned`.
+
+    The last block of an expert runs into the rows of the next, which writes them again.
+    """
+    blocks = _Blocks(len(x), sizes)
+    padded = blocks.padded(x)
+    over = ((1,), (1 if turned else 0,)), ((), ())
+
+    def expert(e, out):
+        matrix = lax.dynamic_index_in_dim(weight, e, keepdims=False)
+
+        def block(at, out):
+            some = lax.dynamic_slice_in_dim(padded, at, blocks.rows)
+            return lax.dynamic_update_slice_in_dim(out, lax.dot_general(some, matrix, over), at, 0)
+
+        return blocks.over(e, block, out)
+
+    columns = weight.shape[1 if turned else 2]
+    empty = jnp.zeros((len(padded), columns), x.dtype)
+    return lax.fori_loop(0, len(sizes), expert, empty)[: len(x)]
+
+
+def gradient_by_block(
+    x: Float[Array, "M I"], d_out: Float[Array, "M O"], sizes: Int[Array, " E"]
+) -> Float[Array, "E I O"]:
+    """X_e^T·dY_e of each expert's rows, summed over its blocks in float32."""
+    blocks = _Blocks(len(x), sizes)
+    both = blocks.padded(x), blocks.padded(d_out)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    empty = jnp.zeros((x.shape[1], d_out.shape[1]), wide)
+
+    def expert(_, e):
+        def block(at, total):
+            used = (at + jnp.arange(blocks.rows) < blocks.ends[e])[:, None]
+            rows, d_rows = (
+                jnp.where(used, lax.dynamic_slice_in_dim(each, at, blocks.rows), 0) for each in both
+            )
+            return total + jnp.dot(rows.T, d_rows, preferred_element_type=wide)
+
+        return None, blocks.over(e, block, empty).astype(x.dtype)
+
+    return lax.scan(expert, None, jnp.arange(len(sizes)))[1]
+
+
+class _Blocks:
+    """The blocks that the rows of each expert are cut into, the first at its first row."""
+
+    def __init__(self, rows: int, sizes: Int[Array, " E"]):
+        self._mean = -(-rows // len(sizes))
+        self.rows = min(max(1 << (self._mean - 1).bit_length(), LEAST_BLOCK), LARGEST_BLOCK)
+        self.ends = jnp.cumsum(sizes)
+        self._starts, self._number = self.ends - sizes, -(-sizes // self.rows)
+
+    def padded(self, x: Float[Array, "M I"]) -> Float[Array, "R I"]:
+        """With room for the last block of the last expert."""
+        return jnp.pad(x, ((0, self.rows), (0, 0)))
+
+    def over(self, expert, block, carried):
+        """`block`(its first row, carried) over an expert's; the name tells plans how often."""
+        start = self._starts[expert]
+        with jax.named_scope(f"expected_trips={-(-self._mean // self.rows)}"):
+            return lax.fori_loop(
+                0, self._number[expert], lambda i, c: block(start + i * self.rows, c), carried
+            )
