@@ -28,7 +28,7 @@ class Cluster:
         if self.coordinator is None or self.processes is None or self.process_id is None:
             return
         host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
             raise ValueError(f"coordinator {self.coordinator!r} is not HOST:PORT")
         if not 0 <= self.process_id < self.processes:
             raise ValueError(
@@ -94,4 +94,12 @@ def slurm_devices(environment: Mapping[str, str]) -> list[int] | None:
 
 
 class Preempted(BaseException):
-    """The run was asked to stop, and did so behind a checkpoint."""
+    """The run was asked to stop, and did so with nothing half-written."""
+
+    @classmethod
+    def behind(cls, directory: Path, step: int, steps: int) -> "Preempted":
+        """Stopped behind a checkpoint."""
+        return cls(
+            f"asked to stop: {directory} has a checkpoint of step {step} of {steps}; the same"
+            " command with the same --workdir goes on from it"
+        )

@@ -41,6 +41,8 @@ def start(cluster: Cluster) -> None:
     Ends the process with one line where they do not all come within `cluster.timeout` seconds:
     JAX itself would abort with a stack trace, or wait on.
     """
+    if cluster.coordinator and cluster.process_id == 0:
+        _check_free(cluster.coordinator)
     waiting = ["the coordinator"]
 
     def give_up() -> None:
@@ -99,6 +101,20 @@ def _knock(address: str) -> None:
         time.sleep(0.5)
 
 
+def _check_free(address: str) -> None:
+    """Raises ValueError where another program has the port, at which JAX would crash."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    port = int(address.rpartition(":")[2])
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise ValueError(
+            f"coordinator {address}: port {port} of this machine cannot be had "
+            f"({os.strerror(error.errno or 0)}): end what listens there, or choose another"
+        ) from None
+
+
 def _client() -> Any:
     """The connection to the coordinator; None for a process on its own."""
     if jax.process_count() == 1:
@@ -134,7 +150,7 @@ def check_same(facts: Mapping[str, str]) -> None:
         if others:
             raise ValueError(
                 f"{_named(others)} has another {name} than the rest ({shown(values[others[0]])},"
-                f" not {shown(usual)}): all hosts need the same code and configuration"
+                f" not {shown(usual)}): all hosts need the same code, configuration and devices"
             )
 
 
@@ -157,14 +173,21 @@ def _names() -> Iterator[tuple[int, str]]:
 
 
 def code_facts() -> dict[str, str]:
-    """The versions that must not differ between hosts, the package's source by its hash."""
+    """What must not differ between hosts: versions, the package's source by its hash, devices."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
     libraries = {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax", "optax")}
     python = ".".join(map(str, sys.version_info[:2]))
-    return {"package source": digest.hexdigest()[:16], "python": python, **libraries}
+    found = jax.local_devices()
+    devices = f"{len(found)} x {found[0].device_kind}"
+    return {
+        "package source": digest.hexdigest()[:16],
+        "python": python,
+        **libraries,
+        "set of devices": devices,
+    }
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Where a run's first parameters come from; each factory makes a function of an InitialContext."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from dppo_jax.clusters import Preempted
+from dppo_jax.console import Console
+from dppo_jax.hosts import Preemption
 from dppo_jax.lora_run import load_policy
 from dppo_jax.models.decoder import Model, Params
 from dppo_jax.models.hf_config import check_same
@@ -20,6 +24,8 @@ from dppo_jax.prompts.examples import Example
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.sharding import shardings_of
 from dppo_jax.supervised import Demonstrate, train_supervised
+
+Report = Callable[[int, int, float], None]  # step, steps, loss
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class InitialContext:
     source: Sequence[Example]  # the training split
     max_prompt_tokens: int
     max_new_tokens: int
-    report: Callable[[int, int, float], None]  # step, steps, loss
+    report: Report
 
     @property
     def shardings(self) -> Any:
@@ -41,6 +47,22 @@ class InitialContext:
 
 
 InitialPolicy = Callable[[InitialContext], Params]
+
+
+def reporter(console: Console, preemption: Preemption) -> Report:
+    """Shows a warm start's steps, and ends it in all processes where one was asked to stop."""
+    started = time.monotonic()
+
+    def report(step: int, steps: int, loss: float) -> None:
+        left = (time.monotonic() - started) / step * (steps - step)
+        console.step("warm start", step, steps, {"nll": f"{loss:.3f}"}, seconds_left=left)
+        if preemption.anywhere():
+            raise Preempted(
+                f"asked to stop in step {step} of {steps} of the warm start: nothing is kept of it,"
+                " and the same command begins again"
+            )
+
+    return report
 
 
 def random_policy() -> InitialPolicy:

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Mapping, MutableMapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -118,6 +119,9 @@ CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 GENERATIONS = {
     "v4": "v4", "v5litepod": "v5e", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "7x",
 }  # fmt: skip
+_PCI = Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"
+_CHIPS = {"0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "7x"}
 
 
 def apply(platform: str, environment: MutableMapping[str, str]) -> None:
@@ -136,7 +140,10 @@ def apply(platform: str, environment: MutableMapping[str, str]) -> None:
 
 
 def here(environment: Mapping[str, str]) -> str:
-    """The platform of this machine: the generation where a TPU VM's environment tells it."""
+    """The platform of this machine; of TPUs the generation, where environment or PCI bus tell it.
+
+    GKE sets the variable; in a container on a TPU VM there are the PCI ids of the chips alone.
+    """
     asked = environment.get("JAX_PLATFORMS", "").partition(",")[0]
     if asked in ("cpu", "tpu"):
         found = asked
@@ -144,8 +151,20 @@ def here(environment: Mapping[str, str]) -> str:
         found = "gpu"
     else:
         found = "tpu" if find_spec("libtpu") else "cpu"
+    if found != "tpu":
+        return found
     kind = environment.get("TPU_ACCELERATOR_TYPE", "").partition("-")[0]
-    return GENERATIONS.get(kind, found) if found == "tpu" else found
+    return GENERATIONS.get(kind) or _on_pci_bus(_PCI) or found
+
+
+def _on_pci_bus(devices: Path) -> str | None:
+    """The generation of the first TPU chip among the PCI devices."""
+    for vendor in sorted(devices.glob("*/vendor")):
+        if vendor.read_text().strip() == _GOOGLE:
+            chip = vendor.with_name("device").read_text().strip()
+            if chip in _CHIPS:
+                return _CHIPS[chip]
+    return None
 
 
 def main(platform: str) -> None:

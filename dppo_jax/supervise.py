@@ -65,7 +65,7 @@ def _copy(stream: IO[str], debug: bool) -> str:
 
 
 def _explained(number: int, said: str) -> str:
-    rest = "the same command with the same --workdir goes on from the newest checkpoint"
+    rest = "the same command with the same --workdir goes on from the newest checkpoint, if any"
     if number != signal.SIGABRT or "JAX distributed service" not in said:
         name = signal.Signals(number).name
         return f"this process was ended by {name}; {rest} (--debug shows all it said)"

@@ -36,7 +36,7 @@ from dppo_jax.evaluate import (
     open_answers,
 )
 from dppo_jax.hosts import Preemption, first_process_first
-from dppo_jax.initial_policy import InitialContext, InitialPolicy, hf_folder
+from dppo_jax.initial_policy import InitialContext, InitialPolicy, hf_folder, reporter
 from dppo_jax.masked_tokens import as_files, most_masked
 from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
 from dppo_jax.models.decoder import DecoderConfig, Params
@@ -242,13 +242,7 @@ def train(
                 problems,
                 max_prompt_tokens,
                 sampling.max_new_tokens,
-                lambda step, of, loss: console.step(
-                    "warm start",
-                    step,
-                    of,
-                    {"nll": f"{loss:.3f}"},
-                    seconds_left=(time.monotonic() - started) / step * (of - step),
-                ),
+                reporter(console, preemption),
             )
             params, base = lora_run.begin(network, initial_policy(context), initial_key, devices)
             state = fresh_state(params, base)
@@ -291,6 +285,14 @@ def train(
             JsonLines(directory / name, resume_at=done, quiet=not is_writer())
             for name in ("metrics.jsonl", "samples.jsonl")
         )
+
+        def close() -> None:
+            for file in (checkpoints, log, samples, kept):
+                file.close()
+
+        if preemption.anywhere():  # during the first evaluation, or while this was read
+            close()
+            raise Preempted.behind(directory, done, steps)
 
         # ---- the loop -----------------------------------------------------------------------
         pace = Pace()
@@ -367,11 +369,8 @@ def train(
                 position["seconds"] = seconds_before + time.monotonic() - started
                 checkpoints.save(step + 1, state, key, position)
             if stop:
-                checkpoints.close()
-                raise Preempted(
-                    f"asked to stop: {directory} has a checkpoint of step {step + 1} of {steps}; "
-                    "the same command with the same --workdir goes on from it"
-                )
+                close()
+                raise Preempted.behind(directory, step + 1, steps)
         console.finish_line()
 
         # ---- the result -----------------------------------------------------------------------
@@ -380,8 +379,7 @@ def train(
         after = evaluated.as_dict()
         masked = most_masked(jax.device_get(state.token_counts), tokenizer)
         write_files(directory, as_files(masked))
-    for file in (checkpoints, log, samples, kept):
-        file.close()
+    close()
     summary = {
         "accuracy_before": first_accuracy(before),
         "accuracy_after": first_accuracy(after),

@@ -8,9 +8,11 @@
 # --on is written as for `dppo plan`: v4, v5p, 7x, v5e, v6e with a topology; a100, h100, h200 with a
 # number of GPUs. The run goes to NAME in a Cloud Storage bucket (by the cluster's FUSE driver; give it
 # a hierarchical namespace, which renames a checkpoint's folder at once, and let the pods' service
-# account write it), or in a claim that many pods can mount. A preempted or failed run starts again
-# from its newest checkpoint, one with bad input does not. Tokens come from a Kubernetes Secret, where
-# there is one:
+# account write it), or in a claim that many pods can mount: the pods' /runs. What a recipe reads lies
+# there too: -- --gin.DATA_DIR=/runs/data --gin.HF_DIR=/runs/MODEL. A preempted or failed run starts
+# again from its newest checkpoint, one with bad input does not; the same command goes on with one
+# that has ended. Between GPU nodes NCCL has what the cluster gives its pods: without Google's
+# networking for that machine type, plain TCP. Tokens come from a Kubernetes Secret, where there is one:
 #
 #   printf 'HF_TOKEN=%s\n' "$HF_TOKEN" | kubectl create secret generic dppo --from-env-file=/dev/stdin
 #
@@ -52,6 +54,9 @@ check_recipe_of_image "$recipe"
 check_number --slices "$slices"
 check_number --restarts "$restarts"
 check_no_secret "${options[@]+"${options[@]}"}"
+for option in "${options[@]+"${options[@]}"}"; do
+  [[ ! ${option//[$'\n\t']/} =~ [[:cntrl:]] ]] || fail "an option holds a control character: $option"
+done
 hardware "$on"
 name=${name:-$(basename "$recipe" .gin | tr '[:upper:]_.' '[:lower:]--' | cut -c1-40)}
 check_name "$name"
@@ -79,8 +84,11 @@ if [[ $cluster ]]; then
   exit
 fi
 
-quoted() { # a YAML string of any text: JSON's
-  python3 -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$1"
+quoted() { # a YAML string of any printable text, lines and tabs: JSON's
+  local text=${1//\\/\\\\}
+  text=${text//\"/\\\"}
+  text=${text//$'\n'/\\n}
+  echo "\"${text//$'\t'/\\t}\""
 }
 
 arguments() {
@@ -130,8 +138,13 @@ machines() {
               - name: $variable
                 valueFrom: {secretKeyRef: {name: $secret, key: $variable, optional: true}}"
   done
-  volume="persistentVolumeClaim: {claimName: $(quoted "$claim")}"
+  fuse='gke-gcsfuse/volumes: "false"' volume="persistentVolumeClaim: {claimName: $(quoted "$claim")}"
   if [[ $bucket ]]; then
+    # Checkpoints pass through the sidecar, whose own limits are 256 MiB of memory and 5 GiB of disk.
+    fuse='gke-gcsfuse/volumes: "true"
+              gke-gcsfuse/cpu-limit: "0"
+              gke-gcsfuse/memory-limit: "0"
+              gke-gcsfuse/ephemeral-storage-limit: "0"'
     volume="csi:
                 driver: gcsfuse.csi.storage.gke.io
                 volumeAttributes: {bucketName: $(quoted "$bucket"), mountOptions: implicit-dirs}"
@@ -168,7 +181,7 @@ spec:
         template:
           metadata:
             annotations:
-              gke-gcsfuse/volumes: "$([[ $bucket ]] && echo true || echo false)"
+              $fuse
           spec:
             restartPolicy: Never
             terminationGracePeriodSeconds: 300
@@ -192,8 +205,12 @@ $(arguments)
 END
 }
 
+# A JobSet that has ended would stay as it is.
+ended=(kubectl get jobset "$name" --ignore-not-found -o 'jsonpath={.status.terminalState}')
 if [[ $dry ]]; then
+  echo "# kubectl delete jobset $name, if it has ended; then kubectl apply -f -"
   jobset
 else
+  [[ ! $("${ended[@]}") ]] || kubectl delete jobset "$name"
   jobset | kubectl apply -f -
 fi

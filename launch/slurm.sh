@@ -2,17 +2,19 @@
 # Trains on Slurm nodes with NVIDIA GPUs: one process a node, with all of its GPUs.
 #
 #   launch/slurm.sh RECIPE --nodes N --workdir DIR [--dry-run] [--gpus-per-node 8] [--time 24:00:00]
-#                   [--partition P] [--account A] [--image IMAGE] [-- options of `dppo train`]
+#                   [--partition P] [--account A] [--image IMAGE [--mount DIR ...]]
+#                   [-- options of `dppo train`]
 #
 # --workdir is on a file system that all nodes share. Without --image (pyxis, made by
-# launch/Dockerfile with EXTRA=cuda13) the .venv of this repository is used. Slurm warns five minutes
-# before the time is over; the run then stops behind a checkpoint and is queued again, as after a
-# preemption, until it is complete. Tokens stay in the environment, which sbatch hands on.
+# launch/Dockerfile with EXTRA=cuda13) the .venv of this repository is used; with it --mount names what
+# a recipe reads beside, such as its HF_DIR. Slurm warns five minutes before the time is over; the run
+# then stops behind a checkpoint and is queued again, as after a preemption, until it is complete.
+# Tokens stay in the environment, which sbatch hands on.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/pods.sh"
 
-recipe='' nodes='' workdir='' gpus=8 time=24:00:00 extra=() image='' options=()
+recipe='' nodes='' workdir='' gpus=8 time=24:00:00 extra=() image='' mounts=() options=()
 while (($#)); do
   case $1 in
   --nodes) need "$@" && nodes=$2 && shift ;;
@@ -21,6 +23,7 @@ while (($#)); do
   --time) need "$@" && time=$2 && shift ;;
   --partition | --account) need "$@" && extra+=("$1=$2") && shift ;;
   --image) need "$@" && image=$2 && shift ;;
+  --mount) need "$@" && mounts+=("$2") && shift ;;
   --dry-run) dry=yes ;;
   --help) usage ;;
   --) shift && options=("$@") && break ;;
@@ -38,11 +41,19 @@ check_number --gpus-per-node "$gpus"
 [[ $time =~ ^([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}$ ]] || fail "--time '$time' is no time of Slurm's"
 check_no_secret "${options[@]+"${options[@]}"}"
 
+mounted=$workdir:$workdir
+for place in "${mounts[@]+"${mounts[@]}"}"; do
+  [[ $image ]] || fail "--mount $place goes with --image: without one the nodes' own files are there"
+  [[ $place =~ ^/[^,:]+$ ]] || fail "--mount '$place': give a folder from /, the same on all nodes"
+  mounted+=,$place:$place
+done
+
 name=dppo-$(basename "$recipe" .gin)
 where=(--chdir="$repository") program=$repository/.venv/bin/dppo
 if [[ $image ]]; then
   check_recipe_of_image "$recipe"
-  where=(--container-image="$image" --container-mounts="$workdir:$workdir" --no-container-entrypoint)
+  where=(--container-image="$image" --no-container-entrypoint --container-workdir=/dppo)
+  where+=(--container-mounts="$mounted")
   program=dppo
 fi
 check_program sbatch

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU VMs that are asked for by queued resources.
 #
-#   launch/tpu_vm.sh create NAME --zone ZONE --on v5p:4x4x4 [--spot] [--slices 1] [--runtime VERSION]
+#   launch/tpu_vm.sh create NAME --zone ZONE --on v5p:4x4x4 [--spot | --reserved] [--slices 1]
+#                           [--runtime VERSION]
 #   launch/tpu_vm.sh train  NAME --zone ZONE --on ... RECIPE --image IMAGE --bucket BUCKET
 #                           [--secret HF_TOKEN=SECRET ...] [-- options of `dppo train`]
 #   launch/tpu_vm.sh keep   NAME ... as for create and train: both, again after each preemption
 #   launch/tpu_vm.sh delete NAME --zone ZONE
 #
-# All take --project and --dry-run. The container of launch/Dockerfile runs on all workers, the run
-# is kept in BUCKET/NAME, and the same `train` goes on from its newest checkpoint. A token is named by
-# its secret in Secret Manager, which the workers read; its value appears in no command. Before the
-# first call: `ssh-add ~/.ssh/google_compute_engine`, without which gcloud reaches one worker alone.
+# All take --project and --dry-run. The container of launch/Dockerfile runs on all workers; BUCKET is
+# their /runs, the run is kept in BUCKET/NAME, and the same `train` goes on from its newest checkpoint.
+# What a recipe reads lies in the bucket too: -- --gin.DATA_DIR=/runs/data --gin.HF_DIR=/runs/MODEL.
+# A token is named by its secret in Secret Manager, which the workers read; its value appears in no
+# command. Before the first call: `ssh-add ~/.ssh/google_compute_engine`, without which gcloud reaches
+# one worker alone.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/pods.sh"
@@ -32,7 +35,7 @@ while (($#)); do
   --image) need "$@" && image=$2 && shift ;;
   --bucket) need "$@" && bucket=$2 && shift ;;
   --secret) need "$@" && tokens+=("$2") && shift ;;
-  --spot) spot=(--spot) ;;
+  --spot | --reserved) spot=("$1") ;;
   --dry-run) dry=yes ;;
   --help) usage ;;
   --) shift && options=("$@") && break ;;
@@ -99,10 +102,14 @@ END
     echo "export ${token%%=*}"
     variables+=" --env ${token%%=*}" # by name: docker takes the value from its environment
   done
+  # The same folder for gcloud and for docker under sudo, whatever that takes for its home.
   [[ ! ${image%%/*} =~ (^|[.-])(gcr\.io|pkg\.dev)$ ]] ||
-    echo "gcloud auth configure-docker ${image%%/*} --quiet"
+    printf '%s\n' "export DOCKER_CONFIG=\$HOME/.docker" \
+      "gcloud auth configure-docker ${image%%/*} --quiet"
+  # What a lost connection left running may still stop behind a checkpoint.
+  echo "sudo docker stop --time 300 dppo >/dev/null 2>&1 || true"
   echo "sudo docker rm --force dppo >/dev/null 2>&1 || true"
-  echo "exec sudo -E docker run --name dppo --privileged --network host --stop-timeout 300" \
+  echo "exec sudo -E docker run --init --name dppo --privileged --network host --stop-timeout 300" \
     "--volume /mnt/runs:/runs --env JAX_PLATFORMS=tpu,cpu$variables $image" \
     "train$(printf ' %q' "$recipe" --workdir "/runs/$name" "${options[@]+"${options[@]}"}")"
 }
@@ -128,23 +135,26 @@ keep() {
     train
     return
   fi
-  local failed=0 began
+  local failed=0 began status
+  gcloud storage ls "gs://$bucket" "${project[@]+"${project[@]}"}" >/dev/null ||
+    fail "gs://$bucket cannot be listed from here, so that nobody could tell when the run is complete"
   until complete; do
     ((failed < 5)) || fail "$name failed five times in a row: its output says why"
+    status=0
     case $(state) in
-    NONE) create ;;
+    NONE) create || status=$? ;;
     ACTIVE)
       began=$SECONDS
-      if train || ((SECONDS - began > 3600)); then # one that ran for an hour was interrupted
-        failed=0
-      else
-        failed=$((failed + 1)) && sleep 60
-      fi
+      train || status=$?
+      # Bad input, which all hosts end with, will not get better.
+      ((status != 2)) || fail "$name was refused: its output says why; the machines are still yours"
+      ((SECONDS - began < 3600)) || status=0 # one that ran for an hour was interrupted
       ;;
-    SUSPENDED) failed=0 && remove ;;
-    FAILED) failed=$((failed + 1)) && remove && sleep 60 ;;
-    *) sleep 60 ;;
+    SUSPENDED) remove || status=$? ;;
+    FAILED) remove || true && status=1 ;;
+    *) sleep 60 && continue ;;
     esac
+    if ((status)); then failed=$((failed + 1)) && sleep 60; else failed=0; fi
   done
   echo "complete: gs://$bucket/$name"
 }

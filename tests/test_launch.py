@@ -18,7 +18,7 @@ TOKEN, KEY = "hf_secretOfTheTest", "wandb0123secret"
 
 GKE = ["gke.sh", RECIPE, "--on", "v5p:4x4x4", "--image", "eu.pkg.dev/p/dppo:tpu", "--bucket", "b"]
 GPUS = ["gke.sh", RECIPE, "--on", "h100:16", "--image", "r/d@sha256:0", "--claim", "c", "--spot"]
-SLICES = [*GKE, "--slices", "2", "--name", "two", "--", "--gin.TEXT=\"a 'b' $HOME\n: c\""]
+SLICES = [*GKE, "--slices", "2", "--name", "two", "--", "--gin.TEXT=\"a 'b' $HOME\n\t: \\c\""]
 XPK = [*GKE[:-2], "--xpk", "cluster"]
 SLURM = ["slurm.sh", RECIPE, "--nodes", "4", "--workdir", "/runs/a", "--partition", "gpu"]
 HOSTS = ["hosts.sh", RECIPE, "--hosts", "alpha,me@beta", "--workdir", "/runs/a b"]
@@ -110,6 +110,9 @@ def test_jobset_of_a_tpu_slice(jobset):
     }
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
+    limits = job["template"]["metadata"]["annotations"]
+    assert limits.pop("gke-gcsfuse/volumes") == "true"  # 5 GiB would end a large checkpoint
+    assert len(limits) == 3 and set(limits.values()) == {"0"}
     names = {each["name"]: each.get("valueFrom") for each in container["env"]}
     assert names["HF_TOKEN"]["secretKeyRef"] == {
         "name": "dppo",
@@ -177,7 +180,7 @@ def test_what_a_pod_runs(jobset, tmp_path):
     (tmp_path / "bad").touch()
     assert status() == 2
     said = (tmp_path / "said").read_text().split("\0")[:-1]
-    assert said == ["train", RECIPE, "--workdir", str(run), "--gin.TEXT=\"a 'b' $HOME\n: c\""]
+    assert said == ["train", RECIPE, "--workdir", str(run), "--gin.TEXT=\"a 'b' $HOME\n\t: \\c\""]
 
 
 def test_xpk():
@@ -214,6 +217,13 @@ def test_slurm(tmp_path):
         f"{common}--processes|2|--process-id|{i}|" for i in range(2)
     )
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
+
+
+def test_slurm_in_a_container():
+    image = [*SLURM, "--image", "r/d", "--mount", "/models", "--mount", "/hf cache"]
+    words = shlex.split(launch(*image).stdout.split("srun", 1)[1].split("bash -c")[0])
+    assert "--container-mounts=/runs/a:/runs/a,/models:/models,/hf cache:/hf cache" in words
+    assert "--container-image=r/d" in words and "--container-workdir=/dppo" in words
 
 
 def test_plain_hosts(tmp_path):
@@ -273,9 +283,12 @@ def test_tpu_vms():
         ([*GKE, "--name"], "--name needs a value"),
         ([*GPUS, "--slices", "2"], "--slices is of TPUs"),
         ([*GKE, "--", f"--gin.TOKEN='{TOKEN}'"], "holds the value of HF_TOKEN"),
+        ([*GKE, "--", "--gin.TEXT='\x1b'"], "holds a control character"),
         (["slurm.sh", RECIPE, "--nodes", "4"], "give --nodes and --workdir"),
         ([*SLURM, "--time", "soon"], "--time 'soon'"),
         ([*SLURM, "--workdir", "runs/a"], "give a path from /"),
+        ([*SLURM, "--mount", "/models"], "goes with --image"),
+        ([*SLURM, "--image", "r/d", "--mount", "models"], "give a folder from /"),
         (["hosts.sh", RECIPE, "--hosts", "a;b", "--workdir", "/r"], "host 'a;b'"),
         (["tpu_vm.sh", "start", "a"], "'start': create, train, keep or delete"),
         (["tpu_vm.sh", "create", "a", "--zone", "here"], "--zone 'here'"),

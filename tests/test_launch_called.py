@@ -73,6 +73,7 @@ def test_a_run_is_kept_through_preemptions(machine):
 
     begins = [("ls", 1, "", ""), ("describe", 1, "", absent), ("create", 0, "", "")]
     plan = [
+        ("gs://b", 0, "", ""),
         *begins, *found("WAITING_FOR_RESOURCES"), *found("ACTIVE"), ("ssh", 1, "", "lost"),
         *found("SUSPENDING"), *found("SUSPENDED"), ("delete", 0, "", ""), *begins,
         ("ls", 1, "", ""), ("describe", 1, "", "the service is unavailable"),
@@ -88,10 +89,23 @@ def test_a_run_is_kept_through_preemptions(machine):
 
 
 def test_what_fails_again_and_again_is_given_up(machine):
+    """Runs that end, and machines that cannot be asked for."""
     call, _ = machine
     failing = [("ls", 1, "", ""), ("describe", 0, "ACTIVE", ""), ("ssh", 1, "", "")]
-    done = call(*KEEP, plan=[*failing * 5, ("ls", 1, "", "")])
+    refused = [("ls", 1, "", ""), ("describe", 1, "", "NOT_FOUND"), ("create", 1, "", "quota")]
+    plan = [("gs://b", 0, "", ""), *failing * 3, *refused * 2, ("ls", 1, "", "")]
+    done = call(*KEEP, plan=plan)
     assert done.returncode == 2 and "run-1 failed five times in a row" in done.stderr
+
+
+def test_what_will_not_get_better_is_given_up_at_once(machine):
+    """Bad input, with which all hosts end; a bucket that nobody here can look into."""
+    call, _ = machine
+    begun = [("gs://b", 0, "", ""), ("ls", 1, "", ""), ("describe", 0, "ACTIVE", "")]
+    done = call(*KEEP, plan=[*begun, ("ssh", 2, "", "dppo: steps=0")])
+    assert done.returncode == 2 and "run-1 was refused" in done.stderr
+    done = call(*KEEP, plan=[("gs://b", 1, "", "403")])
+    assert done.returncode == 2 and "gs://b cannot be listed" in done.stderr
 
 
 def test_deletion(machine):
@@ -106,13 +120,24 @@ def test_deletion(machine):
 def test_what_is_submitted_is_what_a_dry_run_shows(machine, arguments, program):
     call, calls = machine
     assert call(*arguments).returncode == 0
-    ((name, *words, given),) = calls()
+    *before, (name, *words, given) = calls()
     assert name == program and TOKEN not in given
     text = dry(*arguments).stdout
     if program == "kubectl":
-        assert words == ["apply", "-f", "-"] and given == text
+        ((_, *asked, _),) = before
+        assert asked[:3] == ["get", "jobset", "arithmetic-cpu"]
+        assert words == ["apply", "-f", "-"] and given == text.split("\n", 1)[1]
     else:
         assert [[name, *words]] == shown(*arguments) and given == text.split("\n", 1)[1]
+
+
+def test_a_jobset_that_has_ended_gives_way(machine, tmp_path):
+    call, calls = machine
+    kubectl = (tmp_path / "kubectl").read_text()
+    (tmp_path / "kubectl").write_text(f"{kubectl}\n[ $1 != get ] || echo Failed\n")
+    assert call(*GKE).returncode == 0
+    verbs = [words[1:4] for words in calls()]
+    assert verbs[1] == ["delete", "jobset", "arithmetic-cpu"] and verbs[2][0] == "apply"
 
 
 def test_without_the_program_it_is_one_line(tmp_path):
@@ -136,7 +161,8 @@ def test_what_a_tpu_worker_runs(tmp_path):
     script = next(w for w in train if w.startswith("--command=")).removeprefix("--command=")
     log = f'printf "%s\\0" "$(basename "$0")" "$@" >>{tmp_path}/log; echo >>{tmp_path}/log\n'
     stand_ins = {
-        "gcsfuse": "", "mountpoint": "exit 1", "mkdir": "", "docker": "env >>$LOG.$1",
+        "gcsfuse": "", "mountpoint": "exit 1", "mkdir": "",
+        "docker": "env >>$LOG.$1; [ $1 != stop ]",  # nothing runs yet
         "gcloud": f"[ $1 = secrets ] && echo {KEY}; exit 0",
         "sudo": '[ "$1" = -E ] && shift; "$@"',
     }  # fmt: skip
@@ -144,15 +170,18 @@ def test_what_a_tpu_worker_runs(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{log}{does}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "env")}
+    environment["HOME"] = str(tmp_path)
     subprocess.run(["bash", "-c", script], env=environment, check=True)
     called = [line.split("\0")[:-1] for line in (tmp_path / "log").read_text().splitlines()]
     assert ["gcsfuse", "--implicit-dirs", "-o", "allow_other", "b", "/mnt/runs"] in called
     assert ["gcloud", "auth", "configure-docker", "us-docker.pkg.dev", "--quiet"] in called
-    docker = called[-1]
+    stop, remove, docker = (words for words in called if words[0] == "docker")
+    assert stop == ["docker", "stop", "--time", "300", "dppo"] and remove[1] == "rm"
     assert docker[:2] == ["docker", "run"] and "JAX_PLATFORMS=tpu,cpu" in docker
     image = docker.index("us-docker.pkg.dev/p/d:tpu")
     assert docker[image - 2 : image] == ["--env", "WANDB_API_KEY"]
     asked = ["train", RECIPE, "--workdir", "/runs/r", "--gin.TEXT='a b'"]
     assert docker[image + 1 :] == asked
-    assert f"WANDB_API_KEY={KEY}" in (tmp_path / "env.run").read_text().splitlines()
+    found = (tmp_path / "env.run").read_text().splitlines()
+    assert {f"WANDB_API_KEY={KEY}", f"DOCKER_CONFIG={tmp_path}/.docker"} <= set(found)
     assert all(KEY not in word for words in called for word in words)

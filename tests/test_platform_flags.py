@@ -44,6 +44,19 @@ def test_the_platform_of_a_machine(environment, platform):
     apply(platform, environment)
 
 
+def test_a_chip_is_known_by_its_pci_id(monkeypatch, tmp_path):
+    for slot, (vendor, device) in enumerate([("0x8086", "0x0062"), ("0x1ae0", "0x001f")]):
+        (tmp_path / f"0000:00:0{slot}.0").mkdir()
+        (tmp_path / f"0000:00:0{slot}.0" / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / f"0000:00:0{slot}.0" / "device").write_text(f"{device}\n")
+    monkeypatch.setattr(platform_flags, "_PCI", tmp_path)
+    assert here({"JAX_PLATFORMS": "tpu,cpu"}) == "tpu"  # an Intel device, and Google's NVMe disk
+    (tmp_path / "0000:00:01.0" / "device").write_text("0x006f\n")
+    assert here({"JAX_PLATFORMS": "tpu,cpu"}) == "v6e"
+    told = {"JAX_PLATFORMS": "tpu", "TPU_ACCELERATOR_TYPE": "v5p-128"}
+    assert here(told) == "v5p" and here({"JAX_PLATFORMS": "cpu"}) == "cpu"
+
+
 def test_installed_plugins_decide_where_nobody_asks(monkeypatch):
     for installed, platform in (("libtpu", "tpu"), ("jax_cuda13_plugin", "gpu"), ("", "cpu")):
         monkeypatch.setattr(platform_flags, "find_spec", lambda name, one=installed: name == one)

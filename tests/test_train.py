@@ -142,6 +142,28 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(dppo, run, toy_recipe, tmp_path)
     assert [line["time/compilations"] for line in lines(stopped / "metrics.jsonl")][3] == 0
 
 
+@pytest.mark.parametrize("in_warm_start", [True, False])
+def test_sigterm_before_the_first_step(dppo, run, toy_recipe, tmp_path, in_warm_start):
+    """In a warm start: at once, with nothing kept. Later: behind the checkpoint of step 0."""
+    recipe, stopped = tmp_path / "stopped.gin", tmp_path / "run"
+    recipe.write_text(
+        "from __gin__ import dynamic_registration\nfrom dppo_jax import train\n"
+        f'import toy_policies\ninclude "{toy_recipe}"\n'
+        "train.train.initial_policy = @toy_policies.asked_to_stop()\n"
+        f"toy_policies.asked_to_stop.in_warm_start = {in_warm_start}\n"
+    )
+    done = dppo("train", recipe, "--workdir", stopped)
+    assert done.status == 0 and done.err.count("\n") == 1
+    if in_warm_start:
+        assert "asked to stop in step 20 of 1200 of the warm start: nothing is kept" in done.err
+        assert not stopped.exists()
+        return
+    assert "has a checkpoint of step 0 of 4" in done.err
+    assert (stopped / "checkpoints" / "0").is_dir() and not lines(stopped / "metrics.jsonl")
+    assert dppo("train", recipe, "--workdir", stopped).status == 0
+    assert numbers(stopped) == numbers(run)
+
+
 def test_the_operative_configuration_repeats_the_run(dppo, run, tmp_path):
     done = dppo("train", run / "operative_config.gin", "--workdir", tmp_path / "again")
     assert done.status == 0, done.err

@@ -141,7 +141,10 @@ def _run(recipe: Any, workdir: Path, console: Any) -> dict[str, Any]:
         "operative_config.gin": recipe.operative_config_text(),
         "config.gin": recipe.config_text(),
     }
-    return train(workdir=str(workdir), console=console, configuration=texts, **arguments)
+    try:
+        return train(workdir=str(workdir), console=console, configuration=texts, **arguments)
+    finally:
+        console.finish_line()  # which has hidden the cursor
 
 
 def _ablate(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import launch
+from dppo_jax import hosts
 from dppo_jax.clusters import Cluster, cluster_of, slurm_devices
 from dppo_jax.prompts.store import prepare
 
@@ -269,12 +271,21 @@ def test_what_hosts_are_told():
     assert slurm_devices(slurm | {"SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS": "8"}) is None
 
 
+def test_a_port_that_another_program_has():
+    """JAX would crash with a segmentation fault."""
+    with socket.create_server(("", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ValueError, match=r"cannot be had \(Address already in use\)"):
+            hosts.start(Cluster(address, 2, 0))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--processes", "2"], "give all three of --coordinator"),
         (["--coordinator", "here", "--processes", "2", "--process-id", "0"], "not HOST:PORT"),
         (["--coordinator", "h:1", "--processes", "2", "--process-id", "2"], "numbered from 0"),
+        (["--coordinator", "h:70000", "--processes", "2", "--process-id", "0"], "not HOST:PORT"),
     ],
 )
 def test_flags_that_make_no_cluster(dppo, flags, message):
