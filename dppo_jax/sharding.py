@@ -41,11 +41,11 @@ class Rule(NamedTuple):
 
 RULES: dict[str, Rule] = {
     # of parameters
-    "embed": Rule(_STORE, (), _STORE),
-    "vocab": Rule(("tensor",), ("tensor",), ("tensor",)),
-    "heads": Rule(("tensor",), ("tensor",), ("tensor",)),
-    "kv_heads": Rule(("tensor",), ("tensor",), ("tensor",)),
-    "mlp": Rule(("tensor",), ("tensor",), ("tensor",)),
+    "embed": Rule(_STORE, (), ("fsdp", "expert")),
+    "vocab": Rule(("tensor",), ("tensor",), ("tensor", "sequence")),
+    "heads": Rule(("tensor",), ("tensor",), ("tensor", "sequence")),
+    "kv_heads": Rule(("tensor",), ("tensor",), ("tensor", "sequence")),
+    "mlp": Rule(("tensor",), ("tensor",), ("tensor", "sequence")),
     "experts": Rule(("expert",), ("expert",), ("expert",)),
     "layers": Rule(),
     # of activations
@@ -53,7 +53,7 @@ RULES: dict[str, Rule] = {
     "columns": Rule((), ("sequence",), ()),  # of one sequence
     "tokens": Rule((), (*_ROWS, "sequence"), ("data",)),  # flattened, into matrix products
     "queries": Rule((), (*_ROWS, "sequence"), (*_ROWS, "sequence")),  # flattened, in attention
-    "width": Rule((), (), _STORE),  # of the residual stream
+    "width": Rule((), (), ("fsdp", "expert")),  # of the residual stream
 }
 
 _view: ContextVar[View] = ContextVar("view", default="compute")
@@ -166,10 +166,21 @@ def _on_torus(arrange: Any) -> np.ndarray:
         return arrange(allow_split_physical_axes=True)
 
 
-def axes_of(logical_axis: str, mesh: Mesh | AbstractMesh, view: View) -> tuple[str, ...]:
-    """The mesh axes of more than one device that split a logical axis; the mesh may lack some."""
+def axes_of(
+    logical_axis: str, mesh: Mesh | AbstractMesh, view: View, size: int = 0
+) -> tuple[str, ...]:
+    """The mesh axes of more than one device that split a logical axis; the mesh may lack some.
+
+    Given the `size` of the dimension, the last ones that do not divide it are left out.
+    """
     rule = getattr(RULES[logical_axis], view)
-    return tuple(axis for axis in rule if mesh.shape.get(axis, 1) > 1)
+    return _dividing(tuple(axis for axis in rule if mesh.shape.get(axis, 1) > 1), mesh, size)
+
+
+def _dividing(axes: tuple[str, ...], mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
+    while size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes
 
 
 def spec_of(
@@ -189,8 +200,7 @@ def spec_of(
     for place, logical in enumerate(logical_axes):
         axes = axes_of(logical, mesh, view) if logical else ()
         axes = tuple(axis for axis in axes if axis not in taken)
-        while shape and shape[place] % math.prod(mesh.shape[axis] for axis in axes):
-            axes = axes[:-1]
+        axes = _dividing(axes, mesh, shape[place] if shape else 0)
         taken |= set(axes)
         parts.append(axes[0] if len(axes) == 1 else axes or None)
     while parts and parts[-1] is None:
@@ -260,10 +270,8 @@ def sampler_layout(rows: int) -> Layout | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return None
-    split = axes_of("queries", mesh, "decode")
-    while rows % math.prod(mesh.shape[axis] for axis in split):
-        split = split[:-1]
-    vocabulary = axes_of("vocab", mesh, "decode")
+    split = axes_of("queries", mesh, "decode", rows)
+    vocabulary = axes_of("vocab", mesh, "compute")
     return Layout(split, vocabulary[0] if vocabulary else None, None)
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from dppo_jax.sharding import MESH_AXES, MeshConfig, spec_of
+from dppo_jax.sharding import MESH_AXES, MeshConfig, axes_of, spec_of
 
 
 def test_sizes_of_a_mesh():
@@ -65,7 +65,10 @@ def test_a_rule_takes_each_mesh_axis_once():
     assert spec_of(dense, mesh) == P(("fsdp", "expert", "sequence"), "tensor")
     assert spec_of(mixture, mesh) == P(None, "expert", ("fsdp", "sequence"), "tensor")
     assert spec_of(mixture, mesh, "compute") == P(None, "expert", None, "tensor")
-    assert spec_of(dense, mesh, "decode") == spec_of(dense, mesh)
+    # While decoding products are split both ways, so that what travels is a part of them.
+    assert spec_of(dense, mesh, "decode") == P(("fsdp", "expert"), ("tensor", "sequence"))
+    assert spec_of(mixture, mesh, "decode") == P(None, "expert", "fsdp", ("tensor", "sequence"))
     assert spec_of(("tokens", "width"), mesh, "compute") == P(("fsdp", "expert", "sequence"))
-    assert spec_of(("tokens", "width"), mesh, "decode") == P(None, ("fsdp", "expert", "sequence"))
+    assert spec_of(("tokens", "width"), mesh, "decode") == P(None, ("fsdp", "expert"))
+    assert axes_of("mlp", mesh, "decode", 6) == ("tensor",)
     assert spec_of(("batch",), mesh, "decode", (12,)) == P(("fsdp", "expert"))

@@ -134,8 +134,9 @@ class Block(nnx.Module):
         """q [N, heads, d], and k, v [N, kv_heads, d], rotated to their positions."""
         c = self.config
         y = normed(c, x, self.attention_norm)
+        # Twice, as products lie and as attention does: else compilers mix the two while decoding.
         q, k, v = (
-            constrain(self._product(y, name), "queries", axis)
+            constrain(constrain(self._product(y, name), "tokens", axis), "queries", axis)
             for name, axis in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))
         )
         if c.qkv_bias:
@@ -162,7 +163,7 @@ class Block(nnx.Module):
         """`finish`, the experts that the router chooses (`replayed` ones take their place), and
         their load by the `real` tokens, where these are told."""
         c = self.config
-        attended = constrain(attended, "tokens", "heads")
+        attended = constrain(constrain(attended, "queries", "heads"), "tokens", "heads")
         out = constrain(self._product(attended, "o").astype(x.dtype), "tokens", "width")
         if c.post_norms:
             out = normed(c, out, self.post_attention_norm)

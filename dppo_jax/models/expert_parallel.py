@@ -61,7 +61,7 @@ def expert_mlps_on_mesh(
     spec = partial(spec_of, mesh=mesh, view=view)
     stored = partial(spec_of, mesh=mesh, view=view if view == "decode" else "parameters")
     of = {"gate": ("experts", *_INTO), "up": ("experts", *_INTO), "down": ("experts", *_INTO[::-1])}
-    inner = axes_of("mlp", mesh, view)
+    inner = axes_of("mlp", mesh, view, gate.shape[-1])
     devices = mesh.shape[AXIS]
     stationary = view == "decode"
     if stationary:
@@ -99,8 +99,15 @@ def expert_mlps_on_mesh(
             out = _in_pieces(partial(exchange, here), devices, y, gates, chosen)
         return lax.psum(out, inner) if inner else out
 
-    low_rank = {name: tuple(map(stored, _low_rank(of[name]))) for name in adapters or {}}
-    specs = (rows, choices, choices, *map(stored, of.values()), low_rank)
+    low_rank = {
+        name: tuple(
+            stored(axes, shape=factor.shape)
+            for axes, factor in zip(_low_rank(of[name]), factors, strict=True)
+        )
+        for name, factors in (adapters or {}).items()
+    }
+    weights = zip(of.values(), (gate, up, down), strict=True)
+    specs = (rows, choices, choices, *(stored(a, shape=w.shape) for a, w in weights), low_rank)
     run = jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)
     return run(y, gates, chosen, gate, up, down, dict(adapters or {}))
 

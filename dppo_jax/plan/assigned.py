@@ -23,7 +23,10 @@ from typing import Any
 import jax
 
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.+):$", re.MULTILINE)
-_ASSIGNMENT = "*.after_optimizations-buffer-assignment.txt"
+_ASSIGNMENT = "*after_optimizations-buffer-assignment.txt"
+_PROGRAM = (  # as a TPU's compiler names it, and a CPU's
+    "*.after_optimizations_after_buffer_assignment.txt", "*.cpu_after_optimizations.txt",
+)  # fmt: skip
 _SECONDS = 0.5  # between two looks
 
 
@@ -31,16 +34,10 @@ def compiled(lowered: Any) -> tuple[dict[str, float], Any]:
     """Bytes of a device by kind, and the program, compiled."""
     with tempfile.TemporaryDirectory() as folder:
         program = lowered.compile(compiler_options={"xla_dump_to": folder})
-        memory = program.memory_analysis()
-        assert memory is not None, "every backend that JAX ships reports a program's memory"
-        files = list(Path(folder).glob(_ASSIGNMENT))
-        found = {
-            "arguments": float(memory.argument_size_in_bytes),
-            "temporaries": float(memory.temp_size_in_bytes),
-            "output": float(memory.output_size_in_bytes - memory.alias_size_in_bytes),
-        }
-        if len(files) == 1:  # of a TPU
-            found = sizes_of(files[0].read_text())
+        (written,) = Path(folder).glob(_ASSIGNMENT)
+        found = sizes_of(written.read_text())
+    memory = program.memory_analysis()
+    assert memory is not None, "every backend that JAX ships reports a program's memory"
     return found | {"code": float(memory.generated_code_size_in_bytes)}, program
 
 
@@ -72,13 +69,14 @@ def _until_assigned(
     size = -1
     while True:
         alive = running.is_alive()
+        names = (_ASSIGNMENT, *_PROGRAM)
+        written = [file for name in names for file in Path(folder).glob(name)]
+        before, size = size, sum(file.stat().st_size for file in written)
+        if len(written) == 2 and (size == before or not alive):  # both are there, and whole
+            assignment, program = written
+            return sizes_of(assignment.read_text()), program.read_text()
         if failed:
             raise failed[0]
-        written = list(Path(folder).glob("*after_optimizations_after_buffer_assignment.txt"))
-        before, size = size, written[0].stat().st_size if written else -1
-        if written and (size == before or not alive):  # the last of the files, and whole
-            (memory,) = Path(folder).glob(_ASSIGNMENT)
-            return sizes_of(memory.read_text()), written[0].read_text()
         if not alive:
             raise RuntimeError(f"XLA wrote no assignment of memory to {folder}")
         time.sleep(_SECONDS)

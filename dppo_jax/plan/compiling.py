@@ -72,7 +72,7 @@ class Compiled:
 def compile_program(
     program: Program, topology: Topology, kept: Kept | None = None, code: bool = True
 ) -> Compiled:
-    """Compiles for the topology, under the mesh that is set, unless its numbers are `kept`.
+    """Compiles for the topology, under the mesh that is set, unless it is `kept`.
 
     Without `code` no further than memory is assigned, by `assigned.measured`, which see.
     """
@@ -88,48 +88,53 @@ def compile_program(
     )
     started = time.monotonic()
     traced = program.function.trace(*program.arguments, **program.keywords)
-    lowered = traced.lower(lowering_platforms=("tpu",) if topology.platform == "tpu" else ("cpu",))
+    lowered = traced.lower(lowering_platforms=("tpu" if topology.platform == "tpu" else "cuda",))
     order = [device.id for device in jax.sharding.get_mesh().devices.flat]
     trips = program.loop_trips, program.outer_trips
     name = kept and kept.name_of(lowered.as_text(), topology, order, *trips)
-    numbers = kept.read(name, code) if kept and name else None
-    if numbers is None:
-        numbers = _measured(lowered, program, chip, code)
+    known = kept.read(name, code) if kept and name else None
+    if known is None:
+        known = numbers, text = _compiled(lowered, code)
         numbers["compile_seconds"] = time.monotonic() - started
         if kept and name:
-            kept.write(name, code, numbers)
-    result = dataclasses.replace(result, **numbers)
-    if result.refused is None:
-        # Arguments that it does not use are not handed to it, but live.
-        result.resident += max(0.0, bytes_of(program.arguments) - result.arguments)
+            kept.write(name, code, numbers, text)
+    numbers, text = known
+    if "refused" in numbers:
+        return dataclasses.replace(result, **numbers)
+    result = dataclasses.replace(result, **_with_costs(numbers, text, program, chip))
+    # Arguments that it does not use are not handed to it, but live.
+    result.resident += max(0.0, bytes_of(program.arguments) - result.arguments)
     return result
 
 
-def _measured(lowered: Any, program: Program, chip: Chip, code: bool) -> dict[str, Any]:
-    """What compiling tells: fields of `Compiled`."""
-    optimal = -1.0
+def _compiled(lowered: Any, code: bool) -> tuple[dict[str, Any], str]:
+    """What compiling tells: fields of `Compiled`, and the program's HLO text."""
     try:
-        if code:
-            memory, compiled = assigned.compiled(lowered)
-            optimal = (compiled.cost_analysis() or {}).get("optimal_seconds", -1.0)
-            text = compiled.as_text()
-        else:
-            memory, text = assigned.measured(lowered)
+        if not code:
+            return assigned.measured(lowered)
+        memory, compiled = assigned.compiled(lowered)
+        optimal = (compiled.cost_analysis() or {}).get("optimal_seconds", -1.0)
+        return memory | {"compiler_seconds": optimal if optimal > 0 else None}, compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         refused = bytes_asked_for(str(error))
         if refused is None:
             raise
-        return {"refused": refused}
+        return {"refused": refused}, ""
+
+
+def _with_costs(numbers: dict[str, Any], text: str, program: Program, chip: Chip) -> dict[str, Any]:
+    """Those numbers, the compiler's seconds with every loop as often as it runs; and all costs."""
     total, once = costs_of(
         text, chip, unknown_trips=program.loop_trips, outer_trips=program.outer_trips
     )
-    return memory | {
+    optimal = numbers.get("compiler_seconds")
+    return numbers | {
         "flops": total.flops,
         "moved": total.bytes,
         "sent": total.sent,
         "collectives": {kind: asdict(moved) for kind, moved in sorted(total.collectives.items())},
         "roofline_seconds": total.roofline(chip),
-        "compiler_seconds": optimal * _loops(total, once) if optimal > 0 else None,
+        "compiler_seconds": optimal and optimal * _loops(total, once),
     }
 
 

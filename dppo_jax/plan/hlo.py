@@ -135,7 +135,7 @@ class _Module:
             self._inside(costs, fused)
         else:
             costs.flops = _product_flops(i, around)
-        costs.bytes = _traffic(i, operands, fused)
+        costs.bytes = self._traffic(i, operands, fused)
         chip = self._chip
         costs.seconds = max(costs.flops / chip.bf16_flops, costs.bytes / chip.memory_bytes)
         return costs
@@ -173,6 +173,52 @@ class _Module:
             moved = costs.collectives.setdefault(kind, Moved())
             moved.count += 1
             moved.bytes += sent
+
+    def _traffic(
+        self, i: Instruction, operands: list[Instruction], fused: dict[str, Instruction]
+    ) -> float:
+        """Bytes to and from HBM: read and written; of a slice or an update, that part only."""
+        written = [shape for shape in i.shapes if shape.in_hbm]
+        if i.opcode in ("copy-start", "slice-start"):
+            # (to, from, context) of a copy, ((from), to, context) of a slice
+            to = i.shapes[0 if i.opcode == "copy-start" else 1]
+            return to.bytes * (to.in_hbm + _in_hbm(operands))
+        if i.opcode == "dynamic-update-slice":
+            return 2.0 * operands[1].shapes[0].bytes if written else 0.0
+        if i.opcode in ("slice", "dynamic-slice", "gather"):
+            return sum(s.bytes * (s.in_hbm + _in_hbm(operands[:1])) for s in i.shapes)
+        out = sum(shape.bytes for shape in written)
+        if not fused:
+            return out + sum(s.bytes for o in operands for s in o.shapes if s.in_hbm)
+        read = 0.0
+        for parameter, operand in zip(_parameters(fused), operands, strict=False):
+            if operand.shapes and operand.shapes[0].in_hbm:
+                read += self._read_of(parameter, fused)
+        return read + _written_by(fused, out)
+
+    def _read_of(self, parameter: Instruction, fused: dict[str, Instruction]) -> float:
+        """Bytes that a fusion reads of a parameter."""
+        whole = sum(shape.bytes for shape in parameter.shapes)
+        total = 0.0
+        for user in fused.values():
+            if parameter.name not in user.operands:
+                continue
+            if user.opcode in ("bitcast", "copy") and not user.root:
+                total += self._read_of(user, fused)
+            elif user.opcode in ("slice", "dynamic-slice", "gather") and (
+                user.operands[0] == parameter.name
+            ):
+                total += sum(shape.bytes for shape in user.shapes)
+            elif user.opcode == "fusion":  # libtpu writes a slice for a product so
+                inner = self._computations.get((called(user, "calls") or [""])[0], {})
+                for name, given in zip(_parameters(inner), user.operands, strict=False):
+                    if given == parameter.name:
+                        total += self._read_of(name, inner)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+                continue  # written in place
+            else:
+                return whole
+        return min(total, whole)
 
     def _trips(self, i: Instruction, around: dict[str, Instruction]) -> float | None:
         """How often a loop runs: as XLA says, from a condition `counter < constant`, or by name."""
@@ -289,52 +335,14 @@ def _window_pairs(
     )
 
 
-def _traffic(i: Instruction, operands: list[Instruction], fused: dict[str, Instruction]) -> float:
-    """Bytes to and from HBM: what is read and written; of a slice or an update, that part only."""
-    written = [shape for shape in i.shapes if shape.in_hbm]
-    if i.opcode in ("copy-start", "slice-start"):
-        # (to, from, context) of a copy, ((from), to, context) of a slice
-        to = i.shapes[0 if i.opcode == "copy-start" else 1]
-        return to.bytes * (to.in_hbm + _in_hbm(operands))
-    if i.opcode == "dynamic-update-slice":
-        return 2.0 * operands[1].shapes[0].bytes if written else 0.0
-    if i.opcode in ("slice", "dynamic-slice", "gather"):
-        return sum(s.bytes * (s.in_hbm + _in_hbm(operands[:1])) for s in i.shapes)
-    out = sum(shape.bytes for shape in written)
-    if not fused:
-        return out + sum(s.bytes for o in operands for s in o.shapes if s.in_hbm)
-    numbered = sorted(
-        (int(p.literal), p) for p in fused.values() if p.opcode == "parameter" and p.literal
-    )
-    read = 0.0
-    for (_, parameter), operand in zip(numbered, operands, strict=False):
-        if operand.shapes and operand.shapes[0].in_hbm:
-            read += _read_of(parameter, fused)
-    return read + _written_by(fused, out)
+def _parameters(fused: dict[str, Instruction]) -> list[Instruction]:
+    """Of a fusion's computation, in the order of its operands."""
+    found = [i for i in fused.values() if i.opcode == "parameter" and i.literal]
+    return sorted(found, key=lambda i: int(i.literal))
 
 
 def _in_hbm(operands: list[Instruction]) -> bool:
     return any(shape.in_hbm for operand in operands for shape in operand.shapes[:1])
-
-
-def _read_of(parameter: Instruction, fused: dict[str, Instruction]) -> float:
-    """Bytes that a fusion reads of a parameter."""
-    whole = sum(shape.bytes for shape in parameter.shapes)
-    total = 0.0
-    for user in fused.values():
-        if parameter.name not in user.operands:
-            continue
-        if user.opcode in ("bitcast", "copy") and not user.root:
-            total += _read_of(user, fused)
-        elif user.opcode in ("slice", "dynamic-slice", "gather") and (
-            user.operands[0] == parameter.name
-        ):
-            total += sum(shape.bytes for shape in user.shapes)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-            continue  # written in place
-        else:
-            return whole
-    return min(total, whole)
 
 
 def _written_by(fused: dict[str, Instruction], out: float) -> float:

@@ -102,7 +102,7 @@ def _step(plan: StepPlan, price: float | None) -> list[str]:
         "every response at its longest and every token decoded against the full cache; grading",
         "and the host are left out. Nothing was run.",
     ]
-    if not plan.code:
+    if not plan.code and plan.topology.platform == "tpu":
         lines.append(
             "No machine code was made (--no-code): its size is that of constants, and seconds are "
             "the roofline's."
@@ -119,7 +119,8 @@ def _step(plan: StepPlan, price: float | None) -> list[str]:
         )
     if plan.topology.platform == "gpu":
         lines.append(
-            "Memory and work are an estimate by XLA's CPU compiler with as many devices: it widens "
-            "bfloat16\nproducts to float32, so that temporaries are rather too large."
+            "Memory and work are an estimate: as XLA's CPU compiler assigns and orders them for as "
+            "many devices,\nbfloat16 kept. A GPU's own kernels (its attention keeps no scores) and "
+            "fusions are not in it, and\nlinks are NVLink's, between nodes too."
         )
     return lines

@@ -81,9 +81,10 @@ def plan_step(
     """Compiles the programs of a step (or `only` some) for the topology, those that are not `kept`.
 
     ValueError where the recipe's sizes do not fit the mesh, or the mesh the topology. Without
-    `code` no further than memory is assigned, each program in a process of its own: before JAX has
-    a backend in this one.
+    `code`, and for GPUs, no further than memory is assigned, each program in a process of its own:
+    before JAX has a backend in this one.
     """
+    code = code and topology.platform == "tpu"
     plan = StepPlan(topology, _mesh_of(settings, topology), settings, code=code)
     step: Step | None = None
     for name in engine.names(settings):

@@ -19,6 +19,11 @@ SLICES = {
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "7x": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
 }
+# What XLA does for a CPU alone: it widens bfloat16 to float32, and a product of experts to one that
+# multiplies all rows for each. Without, it makes no machine code, which a plan does not need.
+_AS_WRITTEN = (
+    "--xla_disable_hlo_passes=all-reduce-promotion,float-normalization-bf16,ragged-dot-rewriter"
+)
 CARDS = (1, 8, 16, 32, 64, 128, 256)  # a node has 8
 
 
@@ -82,5 +87,7 @@ def prepare(topologies: Sequence[Topology]) -> None:
     os.environ.update(ENVIRONMENT)
     for kind in {t.name.partition(":")[0] for t in topologies if t.platform == "tpu"}:
         platform_flags.apply(kind, os.environ)  # of several generations, those that are first
+    # Errors are raised; XLA writes more of them down, that of the machine code it cannot make too.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     cards = max((t.chips for t in topologies if t.platform == "gpu"), default=1)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={cards}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={cards} {_AS_WRITTEN}"

@@ -36,7 +36,7 @@ def shards_of(model: DecoderConfig, c: EngineConfig, mesh: jax.sharding.Mesh | N
     if mesh is None:
         return 1
     check_divides(mesh, "queries", {"slots": c.slots}, "decode")
-    check_divides(mesh, "kv_heads", {"kv_heads": model.kv_heads}, "decode")
+    check_divides(mesh, "kv_heads", {"kv_heads": model.kv_heads}, "compute")  # as slots leave it
     return math.prod(mesh.shape[axis] for axis in axes_of("queries", mesh, "decode"))
 
 

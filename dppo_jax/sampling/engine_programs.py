@@ -198,7 +198,7 @@ def decode_chunk(
     def through_layers(token, step, states, active):
         position = jnp.minimum(slots.length + step, programs.max_context - 1)
         ropes = [(cos[position], sin[position]) for cos, sin in tables]
-        x = constrain(decoder.embed(token), "tokens", "width")
+        x = constrain(decoder.embed(constrain(token, "tokens")), "tokens", "width")
         new_states = []
         for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
             q, k, v = block.queries_keys_values(x, ropes[0 if c.windows[i] is None else -1])

@@ -185,7 +185,7 @@ def _decode(
     """Runs the tokens of one response column through every layer: their hidden state [B, D], the
     caches, and each layer's experts [B, k]."""
     c = decoder.config
-    x = constrain(decoder.embed(tokens), "tokens", "width")
+    x = constrain(decoder.embed(constrain(tokens, "tokens")), "tokens", "width")
     new_caches, experts = [], []
     for block, cache, window in zip(blocks, caches, c.windows, strict=True):
         q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
@@ -302,7 +302,8 @@ def _stage(
     advance: Callable[[_Progress], _Progress], progress: _Progress, end: int, length: int
 ) -> _Progress:
     """Draws columns until the cache has `end` of them or every sequence has ended."""
-    progress = progress._replace(caches=[_grown(cache, end) for cache in progress.caches])
+    with viewed("decode"):
+        progress = progress._replace(caches=[_grown(cache, end) for cache in progress.caches])
     # Drawing column t reads a cache of t columns: columns up to `end` fit this stage.
     last = min(end + 1, length)
 

@@ -59,8 +59,6 @@ def _plan(options: argparse.Namespace) -> None:
     if options.price is not None and options.price < 0:
         raise ValueError(f"--price {options.price} must not be negative")
     named = [topology.parse(name) for name in (options.topology or options.scaling).split(",")]
-    if options.no_code and any(each.platform == "gpu" for each in named):
-        raise ValueError("--no-code is for TPUs: programs for GPUs are compiled by XLA for CPUs")
     topology.prepare(named)  # before JAX is imported
     from dppo_jax.config import load_recipe, split_overrides
     from dppo_jax.plan.programs import Settings
@@ -94,12 +92,7 @@ def _plan_one(options: argparse.Namespace, settings: Any, topology: Any) -> None
             tried.append(each)
         found["suggestions"] = [vars(each) for each in tried]
         text += "\n\nchanges, each compiled:\n" + ("\n".join(map(str, tried)) or "none helps")
-    asked = " ".join(["dppo plan", options.recipe, "--topology", topology.name])
-    asked += "".join(f" --over {' '.join(options.over)}" for _ in options.over[:1])
-    asked += "".join(f" {override}" for override in options.overrides)
-    asked += " --no-code" if options.no_code else ""
-    asked += f" --price {options.price:g}" if options.price is not None else ""
-    _write(options, found, f"{asked}\n\n{text}")
+    _write(options, found, text)
     if not plan.fits:
         worst = max(plan.programs, key=lambda p: p.total)
         raise Failure(
@@ -117,6 +110,17 @@ def _scale(options: argparse.Namespace, settings: Any, topologies: Any) -> None:
     _write(options, {"scaling": rows}, scaling.text_of(rows))
 
 
+def _asked(options: argparse.Namespace) -> str:
+    """The command, less where its numbers go."""
+    one = "topology" if options.topology else "scaling"
+    words = ["dppo plan", options.recipe, f"--{one}", getattr(options, one)]
+    words += ["--over", *options.over] if options.over else []
+    words += options.overrides
+    words += ["--no-code"] if options.no_code else []
+    words += [f"--price {options.price:g}"] if options.price is not None else []
+    return " ".join(words)
+
+
 def _kept(options: argparse.Namespace) -> Any:
     from dppo_jax.plan.kept import Kept
 
@@ -124,7 +128,7 @@ def _kept(options: argparse.Namespace) -> Any:
 
 
 def _write(options: argparse.Namespace, found: dict[str, Any], text: str) -> None:
-    written = json.dumps(found) if options.json else text
+    written = json.dumps(found) if options.json else f"{_asked(options)}\n\n{text}"
     print(written)
     if options.output:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)

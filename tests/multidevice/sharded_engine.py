@@ -23,7 +23,7 @@ CONFIG = EngineConfig(
     top_k_capture=3,
 )
 MESHES = {
-    "data 2 x fsdp 2 x tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "fsdp 2 x sequence 2 x tensor 2": MeshConfig(fsdp=2, sequence=2, tensor=2),
     "data 8": MeshConfig(data=8, fsdp=1),
 }
 START = [1, 2, 3, 4, 5, 6, 7, 8]

@@ -152,7 +152,7 @@ def main() -> dict:
     differences = jax.tree.map(
         lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), alone, together
     )
-    mesh = MeshConfig(fsdp=2, expert=2, tensor=2).build()
+    mesh = MeshConfig(expert=2, sequence=2, tensor=2).build()
     with jax.set_mesh(mesh):
         split_experts = jax.device_put(params, shardings_of(model.logical_axes, mesh))
 

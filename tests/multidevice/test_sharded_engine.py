@@ -16,7 +16,7 @@ def found():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("mesh", ["data 2 x fsdp 2 x tensor 2", "data 8"])
+@pytest.mark.parametrize("mesh", ["fsdp 2 x sequence 2 x tensor 2", "data 8"])
 def test_the_mesh_changes_no_token(found, mesh):
     one = found[mesh]
     assert len(one["same_tokens"]) == 15 and all(one["same_tokens"])
