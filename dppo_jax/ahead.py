@@ -173,8 +173,6 @@ class Elsewhere:
     """A source whose work is done on devices of its own: weights go there, rollouts come back."""
 
     def __init__(self, make: Any, context: RolloutContext, devices: list[Any]):
-        if jax.process_count() > 1:
-            raise ValueError("sampler_devices splits the devices of one process: leave it at 0")
         self._home, self._mesh = context.mesh, MeshConfig(fsdp=len(devices)).build(devices)
         check_divides(self._mesh, "embed", {"width": context.model.config.width})
         self._source = make(context._replace(mesh=self._mesh))
@@ -216,6 +214,8 @@ class Elsewhere:
 
 def divide(devices: list[Any], sampler: int) -> tuple[list[Any], list[Any]]:
     """The devices that sample and those that train; ValueError where one side has none."""
+    if sampler and jax.process_count() > 1:
+        raise ValueError("sampler_devices splits the devices of one process: leave it at 0")
     if not 0 <= sampler < len(devices):
         raise ValueError(
             f"sampler_devices={sampler} of {len(devices)} devices: leave at least one to train"

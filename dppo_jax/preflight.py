@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dppo_jax.advantages import Estimator
 from dppo_jax.critic import Critic, HeadCritic
@@ -43,7 +43,7 @@ def check_sizes(
 def check_layout(
     model: DecoderConfig,
     sampling: SamplingConfig,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     steps: int,
     prompts_per_step: int,
     minibatches: int,
@@ -110,7 +110,7 @@ def check_routing(model: DecoderConfig, routing: str) -> None:
         raise ValueError(f'routing="{routing}" needs a model with experts: leave it at "native"')
 
 
-def _check_model_divides(model: DecoderConfig, mesh: Mesh) -> None:
+def _check_model_divides(model: DecoderConfig, mesh: Mesh | AbstractMesh) -> None:
     """Key-value heads are never copied: `tensor` is at most their number."""
     for axis, sizes in (
         ("embed", {"width": model.width}),

@@ -223,7 +223,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_divides(
-    mesh: Mesh, logical_axis: str, sizes: Mapping[str, int], view: View = "parameters"
+    mesh: Mesh | AbstractMesh,
+    logical_axis: str,
+    sizes: Mapping[str, int],
+    view: View = "parameters",
 ) -> None:
     """Raises ValueError naming the first size that the rule's mesh axes do not divide."""
     axes = axes_of(logical_axis, mesh, view)

@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 # Of JAX's coordination service and of gloo: what warnings and a stack trace of theirs look like.
 _NOISE = re.compile(
     r"[EFW]\d{4} [\d:.]+ +\d+ (client\.h|coordination_\w+\.cc|preemption_\w+\.cc)"
-    r"|(INTERNAL|:UNKNOWN|Barrier result|RPC|Additional GRPC error[^:]*|This suggests that.*): "
+    r"|(INTERNAL|:UNKNOWN|Barrier result|RPC|Additional GRPC error[^:]*):"
     r"|This suggests that|\*\*\* Check failure|    @ +0x|=== Source Location|external/xla"
     r"|\[Gloo\] Rank|The tasks have crashed|\d*\s*$"
 )

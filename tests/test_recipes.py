@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from dppo_jax import objectives
 from dppo_jax.config import load_recipe
+from dppo_jax.preflight import check_layout
 from dppo_jax.records import Batch, Objective, Rollout, TokenStats
 from dppo_jax.train import train
 
@@ -31,6 +33,20 @@ def test_recipes_load_and_say_what_they_are(path):
     assert "train.train.steps" in asked and "train.train.objective" in asked
     header = path.read_text().split("from __gin__")[0]
     assert f"dppo train configs/recipes/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=names(RECIPES))
+def test_a_gpu_and_a_node_of_them_take_every_recipe(path):
+    """What a run refuses before it computes anything."""
+    asked = (
+        "model", "sampling", "steps", "prompts_per_step", "minibatches", "microbatches",
+        "max_prompt_tokens", "rollout_batches",
+    )  # fmt: skip
+    for mesh, devices in (("gpu1", 1), ("h100_8", 8)):
+        over = [str(CONFIGS / "mesh" / f"{mesh}.gin")]
+        found = load_recipe(path, train, (), ("workdir", "console"), over).arguments("mesh", *asked)
+        sizes = found.pop("mesh").sizes(devices)
+        check_layout(mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)), **found)
 
 
 @pytest.mark.parametrize("path", ALGORITHMS, ids=names(ALGORITHMS))

@@ -1,11 +1,12 @@
 """Run by test_sharded_step.py with eight CPU devices: one step's loss and gradients on many meshes.
 
-Prints for each mesh the largest difference from one device, over the values and over the gradients
-relative to the largest gradient of its parameter.
+With the argument each-axis on meshes of one axis. Prints for each mesh the largest difference from
+one device, over the values and over the gradients relative to the largest gradient of its parameter.
 """
 
 import dataclasses
 import json
+import math
 import sys
 
 import jax
@@ -39,6 +40,10 @@ MESHES = {  # fsdp x tensor is test_mesh.py's
         dict(fsdp=2, expert=4),
         dict(expert=2, sequence=2, tensor=2),
     ),
+}
+EACH_AXIS = {  # as far as heads, prompts and columns go
+    "gemma": (dict(data=8), dict(fsdp=8), dict(sequence=4), dict(tensor=2)),
+    "mixture": (dict(expert=8),),
 }
 PROMPTS, SAMPLES, LENGTH, NEW = 8, 2, 4, 8
 
@@ -135,10 +140,10 @@ def temporary_bytes(sequence):
     return program.memory_analysis().temp_size_in_bytes
 
 
-def main(names) -> dict:
-    found = []
+def main(each_axis: bool) -> dict:
+    found, meshes = [], EACH_AXIS if each_axis else MESHES
     ring.LARGEST = 1  # blocks of as few queries as can be
-    for name in names or MODELS:
+    for name in MODELS:
         model = Model(MODELS[name])
         params = jax.tree.map(lambda leaf: 3 * leaf, jax.jit(model.init)(jax.random.key(0)))
         rollout = rollout_of(model.config.vocab_size)
@@ -146,8 +151,9 @@ def main(names) -> dict:
         advantages = np.broadcast_to(advantages, (PROMPTS * SAMPLES, NEW)).astype(np.float32)
         batch = Batch(rollout, advantages)
         alone = program_of(model)(params, batch)
-        for sizes in MESHES[name]:
-            mesh = MeshConfig(**{"fsdp": 1} | sizes).build()
+        for sizes in meshes[name]:
+            devices = jax.devices()[: math.prod(sizes.values())]
+            mesh = MeshConfig(**{"fsdp": 1} | sizes).build(devices)
             with jax.set_mesh(mesh):
                 placed = jax.device_put(params, shardings_of(model.logical_axes, mesh))
                 rows = jax.device_put(batch, batch_sharding(mesh))
@@ -162,9 +168,9 @@ def main(names) -> dict:
                 found[-1] |= differences(split, alone)
                 print(found[-1], file=sys.stderr, flush=True)
     ring.LARGEST = 2**26
-    memory = [temporary_bytes(devices) for devices in (1, 8)]
+    memory = [] if each_axis else [temporary_bytes(devices) for devices in (1, 8)]
     return {"devices": jax.device_count(), "found": found, "temporary": memory}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1:])))
+    print(json.dumps(main("each-axis" in sys.argv)))

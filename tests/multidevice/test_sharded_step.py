@@ -9,13 +9,17 @@ from test_mesh import with_eight_devices
 pytestmark = pytest.mark.multidevice
 
 
-@pytest.fixture(scope="module")
-def seen():
-    done = with_eight_devices(Path(__file__).parent / "sharded_step.py")
+def sharded_steps(*arguments):
+    done = with_eight_devices(Path(__file__).parent / "sharded_step.py", *arguments)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["devices"] == 8
     return seen
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return sharded_steps()
 
 
 def test_loss_and_gradients_are_those_of_one_device(seen):
@@ -25,6 +29,16 @@ def test_loss_and_gradients_are_those_of_one_device(seen):
     assert packed and all("sequence" in mesh for mesh in packed)
     for case in seen["found"]:
         assert case["values"] < 1e-4 and case["gradients"] < 1e-4, case
+
+
+@pytest.mark.slow
+def test_each_axis_alone():
+    found = sharded_steps("each-axis")["found"]
+    assert {axis for case in found for axis in case["mesh"]} == {
+        "data", "fsdp", "expert", "sequence", "tensor",
+    }  # fmt: skip
+    for case in found:
+        assert len(case["mesh"]) == 1 and max(case["values"], case["gradients"]) < 1e-4, case
 
 
 def test_columns_over_eight_devices_need_less_memory_on_each(seen):

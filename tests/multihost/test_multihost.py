@@ -77,10 +77,16 @@ def assert_same_numbers(ours: list[dict], theirs: list[dict]):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-6), name
 
 
+def environment(recipe: Path, processes: int) -> dict[str, str]:
+    """Several processes have two devices each, one alone has four."""
+    devices = 2 if processes > 1 else 4
+    return launch.environment(devices, recipe.parent / f"programs{processes}")
+
+
 def train_until(recipe: Path, run: Path, steps: int, processes: int):
-    """The run of some processes with four devices together, under way and `steps` steps far."""
+    """The run of some processes, under way and `steps` steps far."""
     commands = launch.dppo(processes, "train", recipe, "--workdir", run)
-    env = launch.environment(4 // processes, recipe.parent / f"programs{processes}")
+    env = environment(recipe, processes)
     running = launch.start(commands, env, [HERE] * processes)
     launch.wait_for(lambda: len(metrics(run)) >= steps, running)
     return running
@@ -139,7 +145,7 @@ def test_two_processes_are_one_run(recipe, one_process):
 def evaluated(recipe: Path, run: Path, processes: int) -> dict:
     name = run.parent / f"answers{processes}.jsonl"
     command = ["eval", recipe, "--checkpoint", run, "--answers", name]
-    env = launch.environment(4 // processes, recipe.parent / f"programs{processes}")
+    env = environment(recipe, processes)
     commands = launch.dppo(processes, *command, "--json")
     ended = launch.ends(launch.start(commands, env, [HERE] * processes))
     assert {e.status for e in ended} == {0}, ended
@@ -227,17 +233,23 @@ def test_other_code_on_one_host(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+PARTIAL = """
+train.train.rollouts = @rollouts.continuous()
+train.train.partial_rollouts = @partial_rollouts.PartialRollouts()
+partial_rollouts.PartialRollouts.extra_prompts = 4
+"""
+
+
 @pytest.mark.slow
-def test_what_works_in_one_process_is_refused_on_every_host(recipe, tmp_path):
-    engine = tmp_path / "engine.gin"
-    engine.write_text(
+@pytest.mark.parametrize("settings", [PARTIAL, "train.train.sampler_devices = 1"])
+def test_what_works_in_one_process_is_refused_on_every_host(recipe, tmp_path, settings):
+    refused = tmp_path / "refused.gin"
+    refused.write_text(
         "from __gin__ import dynamic_registration\nfrom dppo_jax import partial_rollouts\n"
         "from dppo_jax import train\nfrom dppo_jax.sampling import rollouts\n"
-        f'include "{recipe}"\ntrain.train.rollouts = @rollouts.continuous()\n'
-        "train.train.partial_rollouts = @partial_rollouts.PartialRollouts()\n"
-        "partial_rollouts.PartialRollouts.extra_prompts = 4\n"
+        f'include "{recipe}"\n{settings}\n'
     )
-    commands = launch.dppo(2, "train", engine, "--workdir", tmp_path / "run")
+    commands = launch.dppo(2, "train", refused, "--workdir", tmp_path / "run")
     ended = launch.ends(launch.start(commands, launch.environment(1), [HERE] * 2))
     assert [e.status for e in ended] == [2, 2]
     for each in ended:
