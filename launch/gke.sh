@@ -71,7 +71,8 @@ esac
 [[ ${bucket:-a} =~ ^[a-z0-9][a-z0-9._-]*$ ]] || fail "--bucket '$bucket': its name, without gs://"
 [[ ${claim:-a} =~ ^[a-z0-9][a-z0-9.-]*$ ]] || fail "--claim '$claim' is no name of a claim"
 
-command=(dppo train "$recipe" --workdir "/runs/$name" "${options[@]+"${options[@]}"}")
+command=(dppo train "$recipe" --workdir "/runs/$name" "${patience[@]}")
+command+=("${options[@]+"${options[@]}"}")
 shell=$(pod_shell "/runs/$name")
 
 if [[ $cluster ]]; then

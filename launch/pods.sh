@@ -4,6 +4,7 @@
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 secrets=(HF_TOKEN WANDB_API_KEY) # passed by name; their values are never written or printed
 dry=
+patience=(--host-timeout 1200) # machines come up, and pull their images, minutes apart
 
 usage() { # the comment at the top of the script, which says how to call it
   sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"

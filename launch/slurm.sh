@@ -57,7 +57,8 @@ if [[ $image ]]; then
   program=dppo
 fi
 check_program sbatch
-command=("$program" train "$recipe" --workdir "$workdir" "${options[@]+"${options[@]}"}")
+command=("$program" train "$recipe" --workdir "$workdir" "${patience[@]}")
+command+=("${options[@]+"${options[@]}"}")
 
 script() {
   cat <<END

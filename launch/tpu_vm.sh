@@ -111,7 +111,8 @@ END
   echo "sudo docker rm --force dppo >/dev/null 2>&1 || true"
   echo "exec sudo -E docker run --init --name dppo --privileged --network host --stop-timeout 300" \
     "--volume /mnt/runs:/runs --env JAX_PLATFORMS=tpu,cpu$variables $image" \
-    "train$(printf ' %q' "$recipe" --workdir "/runs/$name" "${options[@]+"${options[@]}"}")"
+    "train$(printf ' %q' "$recipe" --workdir "/runs/$name" "${patience[@]}" \
+      "${options[@]+"${options[@]}"}")"
 }
 
 train() {

@@ -180,7 +180,8 @@ def test_what_a_pod_runs(jobset, tmp_path):
     (tmp_path / "bad").touch()
     assert status() == 2
     said = (tmp_path / "said").read_text().split("\0")[:-1]
-    assert said == ["train", RECIPE, "--workdir", str(run), "--gin.TEXT=\"a 'b' $HOME\n\t: \\c\""]
+    words = ["train", RECIPE, "--workdir", str(run), "--host-timeout", "1200"]
+    assert said == [*words, "--gin.TEXT=\"a 'b' $HOME\n\t: \\c\""]
 
 
 def test_xpk():
@@ -212,7 +213,8 @@ def test_slurm(tmp_path):
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     subprocess.run(["bash", "-c", script], env=variables | path, check=True)
-    common = f"train|{RECIPE}|--workdir|/runs/a|--gin.TEXT='a b'|--coordinator|n1:20007|"
+    common = f"train|{RECIPE}|--workdir|/runs/a|--host-timeout|1200|--gin.TEXT='a b'|"
+    common += "--coordinator|n1:20007|"
     assert (tmp_path / "said").read_text() == "".join(
         f"{common}--processes|2|--process-id|{i}|" for i in range(2)
     )

@@ -180,7 +180,7 @@ def test_what_a_tpu_worker_runs(tmp_path):
     assert docker[:2] == ["docker", "run"] and "JAX_PLATFORMS=tpu,cpu" in docker
     image = docker.index("us-docker.pkg.dev/p/d:tpu")
     assert docker[image - 2 : image] == ["--env", "WANDB_API_KEY"]
-    asked = ["train", RECIPE, "--workdir", "/runs/r", "--gin.TEXT='a b'"]
+    asked = ["train", RECIPE, "--workdir", "/runs/r", "--host-timeout", "1200", "--gin.TEXT='a b'"]
     assert docker[image + 1 :] == asked
     found = (tmp_path / "env.run").read_text().splitlines()
     assert {f"WANDB_API_KEY={KEY}", f"DOCKER_CONFIG={tmp_path}/.docker"} <= set(found)

@@ -1,7 +1,7 @@
 """Run by test_sharded_step.py with eight CPU devices: one step's loss and gradients on many meshes.
 
 With the argument each-axis on meshes of one axis. Prints for each mesh the largest difference from
-one device, over the values and over the gradients relative to the largest gradient of its parameter.
+one device, over the values and over the gradients, these relative to the largest of a parameter.
 """
 
 import dataclasses
