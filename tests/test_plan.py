@@ -16,6 +16,8 @@ from dppo_jax.plan import topology
 from dppo_jax.plan.assigned import sizes_of
 from dppo_jax.plan.hlo import costs_of
 from dppo_jax.plan.report import table
+from dppo_jax.plan.scaling import exceptions
+from dppo_jax.plan.scaling import text_of as scaling_text
 
 V5P = CHIPS["v5p"]
 REPOSITORY = Path(__file__).parent.parent
@@ -244,6 +246,26 @@ def test_tpus_need_their_compiler(monkeypatch):
 
 def test_columns_of_a_table():
     assert table([["", "a"], ["long", "12"]]) == "       a\nlong  12"
+
+
+def test_a_scaling_table_says_what_does_not_scale():
+    def row(program, chips, flops, gib, sent):
+        share, mesh = flops * chips / 16e12, {"fsdp": chips}
+        return dict(
+            program=program, chips=chips, mesh=mesh, flops=flops, flops_share=share, fits=True,
+            bytes=gib * 2**30, sent=sent * 1e9, seconds=1.0,
+        )  # fmt: skip
+
+    decode = [row("decode", 16, 1e12, 10, 5), row("decode", 64, 0.26e12, 4, 9)]
+    update = [row("update", 16, 1e12, 10, 5), row("update", 64, 0.5e12, 10, 11)]
+    assert exceptions(decode) == []
+    assert scaling_text(decode).endswith("is bounded")
+    told = scaling_text(decode + update).splitlines()[-3:]
+    assert told == [
+        "update on 64 chips: flops a chip are 2.00 of 1/chips",
+        "update on 64 chips: memory a chip does not fall",
+        "update on 64 chips: a chip sends 2.2 times what it does on the first",
+    ]
 
 
 def test_a_plan_for_gpus_by_the_verb():

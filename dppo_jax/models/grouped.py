@@ -25,9 +25,8 @@ def grouped_product(
 
     Backward dX_e = dY_e·W_e^T and dW_e = X_e^T·dY_e. What stands in rows of no expert is undefined.
     """
-    if tiles.target().platform == "cpu":
-        return product_by_block(x, weight, sizes)
-    return lax.ragged_dot(x, weight, sizes)
+    # As it is lowered: a plan for GPUs, which has CPU devices, has no blocks.
+    return lax.platform_dependent(x, weight, sizes, cpu=product_by_block, default=lax.ragged_dot)
 
 
 def _forward(x, weight, sizes):
@@ -35,16 +34,18 @@ def _forward(x, weight, sizes):
 
 
 def _backward(saved, d_out):
-    x, weight, sizes = saved
-    platform = tiles.target().platform
-    if platform == "cpu":
+    def by_kernel(x, weight, sizes, d_out):
+        d_x = lax.ragged_dot(d_out, weight.swapaxes(1, 2), sizes)
+        if tiles.target().platform == "tpu":
+            return d_x, gradient_by_expert(x, d_out, sizes)
+        (d_weight,) = jax.linear_transpose(lambda w: lax.ragged_dot(x, w, sizes), weight)(d_out)
+        return d_x, d_weight
+
+    def by_block(x, weight, sizes, d_out):
         d_x = product_by_block(d_out, weight, sizes, turned=True)
-        return d_x, gradient_by_block(x, d_out, sizes), None
-    d_x = lax.ragged_dot(d_out, weight.swapaxes(1, 2), sizes)
-    if platform == "tpu":
-        return d_x, gradient_by_expert(x, d_out, sizes), None
-    (d_weight,) = jax.linear_transpose(lambda w: lax.ragged_dot(x, w, sizes), weight)(d_out)
-    return d_x, d_weight, None
+        return d_x, gradient_by_block(x, d_out, sizes)
+
+    return *lax.platform_dependent(*saved, d_out, cpu=by_block, default=by_kernel), None
 
 
 grouped_product.defvjp(_forward, _backward)

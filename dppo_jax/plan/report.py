@@ -123,4 +123,11 @@ def _step(plan: StepPlan, price: float | None) -> list[str]:
             "many devices,\nbfloat16 kept. A GPU's own kernels (its attention keeps no scores) and "
             "fusions are not in it, and\nlinks are NVLink's, between nodes too."
         )
+        if s.model.experts:
+            lines.append(
+                "Products of experts are counted as grouped ones. XLA for NVIDIA GPUs (jaxlib "
+                "0.10.2) has those behind\nxla_gpu_experimental_use_ragged_dot_fusion, but for "
+                "the gradients of weights; else every row is multiplied\nfor every expert, which "
+                "takes far more of everything."
+            )
     return lines

@@ -1,6 +1,7 @@
 """The same step on more and more chips: what falls as it should, and what does not."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,8 +78,29 @@ def rows_of(plans: Sequence[StepPlan]) -> list[dict[str, Any]]:
     return found
 
 
+def exceptions(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What does not go as it should from one slice to the next larger one.
+
+    Flops a chip fall as 1/chips within a tenth, memory falls, and a chip sends at the most twice
+    what it sends on the first.
+    """
+    found = []
+    for name in PROGRAMS:
+        of = [row for row in rows if row["program"] == name and row["seconds"] is not None]
+        for before, row in zip(of, of[1:], strict=False):
+            where = f"{name} on {row['chips']} chips"
+            if row["flops_share"] is not None and abs(row["flops_share"] - 1) > 0.1:
+                found.append(f"{where}: flops a chip are {row['flops_share']:.2f} of 1/chips")
+            if row["bytes"] >= before["bytes"]:
+                found.append(f"{where}: memory a chip does not fall")
+            if row["sent"] > 2 * of[0]["sent"]:
+                more = row["sent"] / of[0]["sent"] if of[0]["sent"] else math.inf
+                found.append(f"{where}: a chip sends {more:.1f} times what it does on the first")
+    return found
+
+
 def text_of(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table."""
+    """The rows as a table, and under it what does not go as it should."""
     head = ("program", "chips", "mesh", "TFLOP a chip", "of 1/chips", "GiB a chip", "GB sent", "s")
     lines = [head]
     for row in rows:
@@ -96,4 +118,5 @@ def text_of(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['seconds']:.4g}" if known else "?",
             )
         )
-    return table(lines)
+    found = exceptions(rows) or ["flops and memory a chip fall, and what it sends is bounded"]
+    return "\n".join([table(lines), "", *found])
