@@ -152,8 +152,11 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, [a for a in arguments if not a.startswith("--gin.")]
 
 
-def difference(asked: str, stored: str) -> str | None:
-    """One line with the first bindings in which two configuration texts differ; None: in none."""
+def difference(asked: str, stored: str, there: str = "in the stored run") -> str | None:
+    """One line with the first bindings in which two configuration texts differ; None: in none.
+
+    `there` says where the second is from.
+    """
     ours, theirs = (
         {
             _written(statement): " ".join(repr(statement.value).split())
@@ -165,7 +168,7 @@ def difference(asked: str, stored: str) -> str | None:
     names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     parts = [
         f"{name} is {shorten(ours.get(name, 'unset'))} here"
-        f" and {shorten(theirs.get(name, 'unset'))} in the stored run"
+        f" and {shorten(theirs.get(name, 'unset'))} {there}"
         for name in names[:3]
     ]
     if len(names) > 3:

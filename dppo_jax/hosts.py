@@ -149,7 +149,7 @@ def check_same(facts: Mapping[str, str]) -> None:
         others = [process for process, value in enumerate(values) if value != usual]
         if others:
             raise ValueError(
-                f"{_named(others)} has another {name} than the rest ({shown(values[others[0]])},"
+                f"{named(others)} has another {name} than the rest ({shown(values[others[0]])},"
                 f" not {shown(usual)}): all hosts need the same code, configuration and devices"
             )
 
@@ -160,7 +160,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _named(processes: list[int]) -> str:
+def named(processes: list[int]) -> str:
+    """The first of some processes, with its host's name, and how many more there are."""
     names = dict(_names())
     first = f"process {processes[0]} ({names.get(processes[0], '?')})"
     return first + (f" and {len(processes) - 1} more" if len(processes) > 1 else "")
@@ -217,9 +218,9 @@ def check_shared(directory: Path, seconds: float = 20.0) -> None:
     whole = directory.absolute()
     home = next(folder for folder in (whole, *whole.parents) if folder.is_dir())
     probe = home / f".dppo-{os.getpid()}-{time.time_ns()}"
-    if jax.process_index() == 0:
-        probe.touch()
     name, below = exchange("probe", f"{probe.name} {len(whole.relative_to(home).parts)}")[0].split()
+    if jax.process_index() == 0:  # once all have come, who may have looked whether it is empty
+        probe.touch()
     probe = [whole, *whole.parents][int(below)] / name
     ends = time.monotonic() + seconds
     while not (seen := probe.exists()) and time.monotonic() < ends:
@@ -229,7 +230,7 @@ def check_shared(directory: Path, seconds: float = 20.0) -> None:
         probe.unlink()
     if blind:
         raise ValueError(
-            f"{_named(blind)} does not see process 0's {probe.parent}: put --workdir on a file"
+            f"{named(blind)} does not see process 0's {probe.parent}: put --workdir on a file"
             " system that all hosts share"
         )
 
@@ -279,7 +280,7 @@ def _watch() -> None:
             if process != here:
                 _leaving.acquire()
                 status, message = json.loads(text)
-                print(f"dppo: {_named([process])} stopped: {message}", file=sys.stderr)
+                print(f"dppo: {named([process])} stopped: {message}", file=sys.stderr)
                 _leave_after_the_others(client, status)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def _train(options: argparse.Namespace) -> None:
 
     overrides, _ = split_overrides(options.overrides)
     recipe = load_recipe(options.recipe, train, overrides, GIVEN, options.over)
-    workdir = _workdir(options, recipe.path.stem, recipe.config_text())
+    workdir = _workdir(options, recipe.path.stem)
+    _check_configuration(recipe.config_text())
     _refuse_other_run(recipe, workdir)
     check_shared(workdir)
     console = Console(quiet=not is_writer())
@@ -102,18 +104,29 @@ def _train(options: argparse.Namespace) -> None:
     )
 
 
-def _workdir(options: argparse.Namespace, name: str, configuration: str) -> Path:
-    """The run directory; refuses hosts that were asked for another run, or have other code."""
+def _workdir(options: argparse.Namespace, name: str, **asked: str) -> Path:
+    """The run directory; refuses hosts that have other code, devices, or were `asked` otherwise."""
     from dppo_jax.hosts import check_same, code_facts, exchange
 
-    asked = {"configuration": _digest(configuration), "--workdir": options.workdir or ""}
-    check_same(code_facts() | asked)
+    check_same(code_facts() | {"--workdir": options.workdir or ""} | asked)
     dated = f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
     return Path(options.workdir or exchange("workdir", dated)[0])
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _check_configuration(text: str) -> None:
+    """Raises ValueError in every process where one has another configuration; says in what."""
+    from dppo_jax.config import difference
+    from dppo_jax.hosts import exchange, named
+
+    if len(set(exchange("digest", hashlib.sha256(text.encode()).hexdigest()))) == 1:
+        return
+    every = exchange("configuration", text)
+    usual = Counter(every).most_common(1)[0][0]
+    other = next(process for process, its in enumerate(every) if its != usual)
+    raise ValueError(
+        f"{named([other])} has another configuration than the rest: "
+        f"{difference(usual, every[other], 'there')}; all hosts need the same command and files"
+    )
 
 
 def _refuse_other_run(recipe: Any, workdir: Path) -> None:
@@ -157,7 +170,7 @@ def _ablate(options: argparse.Namespace) -> None:
 
     overrides, _ = split_overrides(options.overrides)
     asked = repr((options.recipe, options.over, options.seeds, overrides))
-    workdir = _workdir(options, f"ablate-{Path(options.recipe).stem}", asked)
+    workdir = _workdir(options, f"ablate-{Path(options.recipe).stem}", configuration=asked)
     cells = ablate.grid(options.over, options.seeds, workdir)
     if workdir.exists() and any(workdir.iterdir()):
         if not any(cell.workdir.exists() for cell in cells):
@@ -198,5 +211,6 @@ def _eval(options: argparse.Namespace) -> None:
     if options.regrade:
         grade_again(recipe, options)
     else:
-        check_same(code_facts() | {"configuration": _digest(recipe.config_text())})
+        check_same(code_facts())
+        _check_configuration(recipe.config_text())
         evaluate_run(recipe, options)

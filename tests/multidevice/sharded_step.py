@@ -1,7 +1,8 @@
 """Run by test_sharded_step.py with eight CPU devices: one step's loss and gradients on many meshes.
 
-With the argument each-axis on meshes of one axis. Prints for each mesh the largest difference from
-one device, over the values and over the gradients, these relative to the largest of a parameter.
+With the argument each-axis on meshes of one axis, with models' names of these alone. Prints for
+each mesh the largest difference from one device, over the values and over the gradients relative to
+the largest gradient of its parameter.
 """
 
 import dataclasses
@@ -140,10 +141,11 @@ def temporary_bytes(sequence):
     return program.memory_analysis().temp_size_in_bytes
 
 
-def main(each_axis: bool) -> dict:
+def main(*asked) -> dict:
+    each_axis = "each-axis" in asked
     found, meshes = [], EACH_AXIS if each_axis else MESHES
     ring.LARGEST = 1  # blocks of as few queries as can be
-    for name in MODELS:
+    for name in [name for name in MODELS if name in asked] or MODELS:
         model = Model(MODELS[name])
         params = jax.tree.map(lambda leaf: 3 * leaf, jax.jit(model.init)(jax.random.key(0)))
         rollout = rollout_of(model.config.vocab_size)
@@ -173,4 +175,4 @@ def main(each_axis: bool) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main("each-axis" in sys.argv)))
+    print(json.dumps(main(*sys.argv[1:])))

@@ -59,6 +59,11 @@ def main(process: int, port: str, folder: Path) -> None:
     found["same"] = refused(hosts.check_same, hosts.code_facts())
     found["other"] = refused(hosts.check_same, {"jax": "1", "configuration": "xy"[process]})
     found["shared"] = refused(hosts.check_shared, folder / "new" / "run")
+    (folder / "empty").mkdir(exist_ok=True)
+    if process == 1:  # looks late whether it is
+        time.sleep(0.5)
+        found["late"] = len(list((folder / "empty").iterdir()))
+    found["shared"] += refused(hosts.check_shared, folder / "empty")
     (folder / str(process)).mkdir()
     found["apart"] = refused(hosts.check_shared, folder / str(process) / "run", 1.0)
     print(json.dumps(found), flush=True)
