@@ -15,6 +15,7 @@ from dppo_jax.models.grouped import grouped_product
 from dppo_jax.plan import topology
 from dppo_jax.plan.assigned import sizes_of
 from dppo_jax.plan.hlo import costs_of
+from dppo_jax.plan.hlo_text import beyond, group_size
 from dppo_jax.plan.report import table
 from dppo_jax.plan.scaling import exceptions
 from dppo_jax.plan.scaling import text_of as scaling_text
@@ -135,6 +136,26 @@ def test_a_gather_behind_products_counts_once():
     total, _ = costs_of(text + "}\n", V5P)
     gathered = total.collectives["all-gather"]
     assert (gathered.count, gathered.bytes) == (1, 3 * 4 * 16)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size", "share"),
+    [
+        ("replica_groups={{0,1},{2,3}}", 2, 0.0),
+        ("replica_groups={{0,2},{1,3}}", 2, 1.0),  # each to the other node
+        ("replica_groups={{0,1,2,3}}", 4, 0.5),  # two rings, one over each link between the nodes
+        ("replica_groups=[2,2]<=[4]", 2, 0.0),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", 2, 1.0),
+        ("replica_groups=mesh['x'=2,'y'=2] {'y'}", 2, 0.0),
+        ("replica_groups=mesh['x'=2,'y'=2] {'x'}, dimensions={0}", 2, 1.0),
+        ("replica_groups=mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'x'}", 2, 0.0),
+        ("replica_groups=mesh['x'=2,'y'=2] {'x','y'}", 4, 0.5),
+        ("source_target_pairs={{0,1},{1,0}}", 1, 0.0),
+        ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", 1, 1.0),
+    ],
+)
+def test_groups_of_devices_and_what_leaves_a_node_of_two(attributes, size, share):
+    assert (group_size(attributes), beyond(attributes, 2)) == (size, share)
 
 
 def test_of_a_slice_in_a_fusion_in_a_fusion_only_the_slice_is_read():

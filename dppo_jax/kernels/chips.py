@@ -9,6 +9,13 @@ from typing import NamedTuple
 GIB = 2**30
 
 
+class Node(NamedTuple):
+    """Devices that the links of one join, and a device's share of the network between nodes."""
+
+    devices: int
+    network_bytes: float  # a second, that a device sends
+
+
 class Chip(NamedTuple):
     """A topology of the generation, and the peaks and the memory of one JAX device in it."""
 
@@ -34,12 +41,14 @@ CHIPS = {
 }
 # NVIDIA's data sheets: dense bfloat16, SXM. JAX takes 0.75 of a card's memory unless told; XLA's
 # allocator with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, as the launch flags set it, is what counts
-# here. Links are NVLink's in one direction; between nodes it is less.
+# here. Links are NVLink's in one direction. Between nodes: one adapter of 400 Gb/s a card, as in
+# NVIDIA's DGX H100 and DGX H200.
 MEMORY_FRACTION = 0.92
 GPUS = {
     "h100": Chip("", 989e12, 3.35e12, MEMORY_FRACTION * 80e9, 450e9),
     "h200": Chip("", 989e12, 4.8e12, MEMORY_FRACTION * 141e9, 450e9),
 }
+GPU_NODE = Node(8, 50e9)
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "0",  # a program from the cache hides that memory ran out

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from dppo_jax.kernels.chips import Chip, bytes_asked_for
+from dppo_jax.kernels.chips import bytes_asked_for
 from dppo_jax.plan import assigned
 from dppo_jax.plan.hlo import Costs, costs_of
 from dppo_jax.plan.kept import Kept
@@ -40,6 +40,7 @@ class Compiled:
     moved: float = 0.0
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)
     sent: float = 0.0
+    far: float = 0.0  # of what is sent, to other nodes
     roofline_seconds: float = 0.0
     compiler_seconds: float | None = None
     compile_seconds: float = 0.0
@@ -101,7 +102,7 @@ def compile_program(
     numbers, text = known
     if "refused" in numbers:
         return dataclasses.replace(result, **numbers)
-    result = dataclasses.replace(result, **_with_costs(numbers, text, program, chip))
+    result = dataclasses.replace(result, **_with_costs(numbers, text, program, topology))
     # Arguments that it does not use are not handed to it, but live.
     result.resident += max(0.0, bytes_of(program.arguments) - result.arguments)
     return result
@@ -122,18 +123,22 @@ def _compiled(lowered: Any, code: bool) -> tuple[dict[str, Any], str]:
         return {"refused": refused}, ""
 
 
-def _with_costs(numbers: dict[str, Any], text: str, program: Program, chip: Chip) -> dict[str, Any]:
+def _with_costs(
+    numbers: dict[str, Any], text: str, program: Program, topology: Topology
+) -> dict[str, Any]:
     """Those numbers, the compiler's seconds with every loop as often as it runs; and all costs."""
+    chip, node = topology.chip, topology.node
     total, once = costs_of(
-        text, chip, unknown_trips=program.loop_trips, outer_trips=program.outer_trips
+        text, chip, unknown_trips=program.loop_trips, outer_trips=program.outer_trips, node=node
     )
     optimal = numbers.get("compiler_seconds")
     return numbers | {
         "flops": total.flops,
         "moved": total.bytes,
         "sent": total.sent,
+        "far": total.far,
         "collectives": {kind: asdict(moved) for kind, moved in sorted(total.collectives.items())},
-        "roofline_seconds": total.roofline(chip),
+        "roofline_seconds": total.roofline(chip, node),
         "compiler_seconds": optimal and optimal * _loops(total, once),
     }
 

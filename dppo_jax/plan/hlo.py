@@ -8,8 +8,8 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from dppo_jax.kernels.chips import Chip
-from dppo_jax.plan.hlo_text import Instruction, called, group_size, number, parse
+from dppo_jax.kernels.chips import Chip, Node
+from dppo_jax.plan.hlo_text import Instruction, beyond, called, group_size, number, parse
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
@@ -40,10 +40,11 @@ class Costs:
     seconds: float = 0.0
     cycles: float = 0.0  # libtpu's estimates, where it has one
     collectives: dict[str, Moved] = field(default_factory=dict)
+    far: float = 0.0  # bytes that a device sends beyond its node
     unknown_loops: int = 0  # whose trips depend on data
 
     def add(self, other: "Costs", times: float = 1.0) -> None:
-        for name in ("flops", "bytes", "seconds", "cycles"):
+        for name in ("flops", "bytes", "seconds", "cycles", "far"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         for kind, moved in other.collectives.items():
             mine = self.collectives.setdefault(kind, Moved())
@@ -56,26 +57,32 @@ class Costs:
         """Bytes that a device sends, over all kinds."""
         return sum(moved.bytes for moved in self.collectives.values())
 
-    def roofline(self, chip: Chip) -> float:
+    def roofline(self, chip: Chip, node: Node | None = None) -> float:
         """Seconds with every operation at a peak, and transfers behind the work if they fit."""
-        return max(self.seconds, self.sent / chip.link_bytes)
+        between = self.far / node.network_bytes if node else 0.0
+        return max(self.seconds, self.sent / chip.link_bytes, between)
 
 
 def costs_of(
-    text: str, chip: Chip, *, unknown_trips: int = 1, outer_trips: int | None = None
+    text: str,
+    chip: Chip,
+    *,
+    unknown_trips: int = 1,
+    outer_trips: int | None = None,
+    node: Node | None = None,
 ) -> tuple[Costs, Costs]:
     """Costs of the program (each loop as often as it runs), and with each loop's body once.
 
     A loop whose trips are not in the program counts `unknown_trips`, one that has such a loop
     inside `outer_trips`, where that is told.
     """
-    module = _Module(text, chip)
+    module = _Module(text, chip, node)
     return module.total(unknown_trips, outer_trips or unknown_trips), module.once()
 
 
 class _Module:
-    def __init__(self, text: str, chip: Chip):
-        self._chip = chip
+    def __init__(self, text: str, chip: Chip, node: Node | None):
+        self._chip, self._node = chip, node
         self._computations, self._entry = parse(text)
         self._loops_once = False
         self._unknown_trips = self._outer_trips = 1
@@ -170,6 +177,7 @@ class _Module:
             "ragged-all-to-all": given * others,
         }.get(kind, given)
         if group_size(i.attributes) > 1 or kind.startswith("collective"):
+            costs.far += sent * beyond(i.attributes, self._node.devices) if self._node else 0.0
             moved = costs.collectives.setdefault(kind, Moved())
             moved.count += 1
             moved.bytes += sent

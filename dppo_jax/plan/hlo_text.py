@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0,
@@ -99,14 +101,53 @@ def number(attributes: str, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
+def groups(attributes: str) -> np.ndarray | None:
+    """Devices of a collective's groups, one group a row; None where they are not told so."""
+    if listed := re.search(r"replica_groups=\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", attributes):
+        rows = [row.split(",") for row in listed[1].strip("{}").split("},{")]
+        return np.array(rows, int) if rows[0][0] and len(set(map(len, rows))) == 1 else None
+    if iota := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes
+    ):
+        return _in_order(iota[3]).reshape(int(iota[1]), int(iota[2]))
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\))?"
+        r"\s*\{([^}]*)\}",
+        attributes,
+    )
+    if mesh is None:
+        return None
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+    devices = _in_order(mesh[2] or f"[{math.prod(sizes.values())}]").reshape(*sizes.values())
+    over = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", mesh[3])]
+    kept = [axis for axis in range(len(sizes)) if axis not in over]
+    members = math.prod(devices.shape[axis] for axis in over)
+    return devices.transpose(*kept, *over).reshape(-1, members)
+
+
+def _in_order(iota: str) -> np.ndarray:
+    """Ids as "[8,2]T(1,0)" has them: 0, 1, ... in that shape, its axes then in that order."""
+    shape, _, order = iota.partition("T")
+    sizes = [int(size) for size in re.findall(r"\d+", shape)]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(axis) for axis in re.findall(r"\d+", order)] or None).reshape(-1)
+
+
 def group_size(attributes: str) -> int:
     """Devices of a group of a collective."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return len(listed[1].split(","))
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(iota[1])
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
-    if mesh:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    return 1
+    found = groups(attributes)
+    return 1 if found is None else found.shape[1]
+
+
+def beyond(attributes: str, node: int) -> float:
+    """The share of what a device sends in a collective that leaves its node of so many devices.
+
+    By as many rings as a group has devices in a node: each of them sends on for one.
+    """
+    if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", attributes):
+        ends = np.array(re.findall(r"\d+", pairs[1]), int).reshape(-1, 2) // node
+        return float((ends[:, 0] != ends[:, 1]).any())
+    found = groups(attributes)
+    if found is None or (found // node == found[:, :1] // node).all():
+        return 0.0
+    return 1.0 / np.max(np.sum(found // node == found[:, :1] // node, axis=1))

@@ -48,6 +48,7 @@ def text_of(plan: StepPlan, price: float | None = None) -> str:
 
         return cell
 
+    node = plan.topology.node
     kinds = sorted({kind for program in programs for kind in program.collectives})
     rows = [
         ["", *(p.name for p in programs)],
@@ -64,6 +65,7 @@ def text_of(plan: StepPlan, price: float | None = None) -> str:
         row("TFLOP", lambda p: f"{p.flops / 1e12:.4g}"),
         row("GB to and from HBM", lambda p: f"{p.moved / 1e9:.4g}"),
         *(row(f"GB sent, {kind} (number)", sent(kind)) for kind in kinds),
+        *([row("GB sent to other nodes", lambda p: f"{p.far / 1e9:.3g}")] if node else []),
         row("seconds, roofline", lambda p: _seconds(p.roofline_seconds)),
         row("seconds, compiler", lambda p: _seconds(p.compiler_seconds)),
         row("compiled in, s", lambda p: f"{p.compile_seconds:.0f}", known=False),
@@ -117,11 +119,12 @@ def _step(plan: StepPlan, price: float | None) -> list[str]:
         lines.append(
             "The recipe samples by another source; prefill and decode are the lockstep sampler's."
         )
-    if plan.topology.platform == "gpu":
+    if node := plan.topology.node:
         lines.append(
             "Memory and work are an estimate: as XLA's CPU compiler assigns and orders them for as "
             "many devices,\nbfloat16 kept. A GPU's own kernels (its attention keeps no scores) and "
-            "fusions are not in it, and\nlinks are NVLink's, between nodes too."
+            f"fusions are not in it. Links are\nNVLink's in a node of {node.devices}, and "
+            f"{node.network_bytes / 1e9:g} GB/s a card between nodes."
         )
         if s.model.experts:
             lines.append(

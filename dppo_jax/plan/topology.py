@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dppo_jax import platform_flags
-from dppo_jax.kernels.chips import CHIPS, ENVIRONMENT, GPUS, Chip
+from dppo_jax.kernels.chips import CHIPS, ENVIRONMENT, GPU_NODE, GPUS, Chip, Node
 
 # Slices that Google lists for each generation; libtpu takes more.
 SLICES = {
@@ -39,6 +39,11 @@ class Topology:
     @property
     def chips(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def node(self) -> Node | None:
+        """What joins some of them, where not all are joined by the same."""
+        return GPU_NODE if self.platform == "gpu" else None
 
     def devices(self) -> Sequence[Any]:
         """TPUs by libtpu; for GPUs as many CPU devices, which `prepare` has asked for."""
