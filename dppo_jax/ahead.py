@@ -68,8 +68,8 @@ class _Flight(NamedTuple):
 class AheadCollector:
     """What `collect.Collector` is, with the next `depth` steps' rollouts in flight.
 
-    A source with devices of its own is driven by threads, one flight after the other; what shares
-    the trainer's is dispatched here, so that all devices get all programs in one order.
+    A source that works `elsewhere` is driven by threads, one flight after the other; what shares
+    the trainer's devices is dispatched here, so that all of them get all programs in one order.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class AheadCollector:
             except BaseException as error:  # told to whoever asks for the result
                 drawn.set_exception(error)
 
-        apart = isinstance(self._source, Elsewhere)
+        apart = getattr(self._source, "elsewhere", False)
         given = time.monotonic(), None if apart else sample()
         threading.Thread(target=follow, args=given, daemon=True).start()
         self._before = drawn
@@ -171,6 +171,8 @@ class AheadCollector:
 
 class Elsewhere:
     """A source whose work is done on devices of its own: weights go there, rollouts come back."""
+
+    elsewhere = True
 
     def __init__(self, make: Any, context: RolloutContext, devices: list[Any]):
         self._home, self._mesh = context.mesh, MeshConfig(fsdp=len(devices)).build(devices)

@@ -84,7 +84,7 @@ remove() {
 
 # What every worker runs: mounts the bucket, reads the tokens, and starts the container.
 worker() {
-  local token variables=''
+  local token
   cat <<'END'
 set -e
 command -v gcsfuse >/dev/null || {
@@ -97,11 +97,6 @@ command -v gcsfuse >/dev/null || {
 sudo mkdir -p /mnt/runs
 END
   echo "mountpoint -q /mnt/runs || sudo gcsfuse --implicit-dirs -o allow_other $bucket /mnt/runs"
-  for token in "${tokens[@]+"${tokens[@]}"}"; do
-    echo "${token%%=*}=\$(gcloud secrets versions access latest --secret=${token#*=})"
-    echo "export ${token%%=*}"
-    variables+=" --env ${token%%=*}" # by name: docker takes the value from its environment
-  done
   # The same folder for gcloud and for docker under sudo, whatever that takes for its home.
   [[ ! ${image%%/*} =~ (^|[.-])(gcr\.io|pkg\.dev)$ ]] ||
     printf '%s\n' "export DOCKER_CONFIG=\$HOME/.docker" \
@@ -109,8 +104,15 @@ END
   # What a lost connection left running may still stop behind a checkpoint.
   echo "sudo docker stop --time 300 dppo >/dev/null 2>&1 || true"
   echo "sudo docker rm --force dppo >/dev/null 2>&1 || true"
-  echo "exec sudo -E docker run --init --name dppo --privileged --network host --stop-timeout 300" \
-    "--volume /mnt/runs:/runs --env JAX_PLATFORMS=tpu,cpu$variables $image" \
+  echo "tokens="
+  for token in "${tokens[@]+"${tokens[@]}"}"; do
+    echo "value=\$(gcloud secrets versions access latest --secret=${token#*=})"
+    echo "tokens+=\"export ${token%%=*}=\$(printf %q \"\$value\")\"\$'\\n'"
+  done
+  # By standard input: docker keeps the variables that it is given in a file.
+  echo "printf %s \"\$tokens\" | sudo -E docker run --interactive --init --name dppo --privileged" \
+    "--network host --stop-timeout 300 --volume /mnt/runs:/runs --env JAX_PLATFORMS=tpu,cpu" \
+    "--entrypoint bash $image -c 'eval \"\$(cat)\"; exec dppo \"\$@\"' dppo" \
     "train$(printf ' %q' "$recipe" --workdir "/runs/$name" "${patience[@]}" \
       "${options[@]+"${options[@]}"}")"
 }

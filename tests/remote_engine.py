@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import sys
 import threading
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -102,11 +103,18 @@ def serving():
 class Remote:
     """A RolloutSource whose sampler is elsewhere; it sends weights when it sees new ones."""
 
+    elsewhere = True
+
     def __init__(self, url, context):
         self._url, self._mesh, self._sent = url, context.mesh, None
+        self._one_at_a_time = threading.Lock()  # weights, and what is asked of them
         self._post("model", json.dumps(dataclasses.asdict(context.model.config)).encode())
 
     def rollout(self, params, prompts, key, settings, *, first=0, version=0):
+        with self._one_at_a_time:
+            return self._asked(params, prompts, key, settings, version)
+
+    def _asked(self, params, prompts, key, settings, version):
         if params is not self._sent:
             named = {jax.tree_util.keystr(at): x for at, x in jax.tree.leaves_with_path(params)}
             packed = io.BytesIO()
@@ -143,3 +151,9 @@ class Remote:
 def over_http(url: str):
     """For a recipe: rollouts from the engine at this address."""
     return lambda context: Remote(url, context)
+
+
+if __name__ == "__main__":  # a process of its own, until its standard input ends
+    with serving() as (_, address):
+        print(address, flush=True)
+        sys.stdin.read()

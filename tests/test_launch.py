@@ -257,7 +257,7 @@ def test_tpu_vms():
     assert create[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"]
     assert "--accelerator-type=v6e-64" in create and "--spot" in create and "--project=p" in create
     assert "gcloud secrets versions access latest --secret=hf-token" in train
-    assert "--env HF_TOKEN us-docker" in train and "--worker=all" in train
+    assert "export HF_TOKEN=" in train and "--worker=all" in train
     (two,) = commands(launch(*CREATE).stdout)
     assert "--node-count=2" in two and "--node-prefix=run-1" in two
     both = launch(*TRAIN).stdout

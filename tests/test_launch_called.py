@@ -153,16 +153,19 @@ def test_without_the_program_it_is_one_line(tmp_path):
 
 
 def test_what_a_tpu_worker_runs(tmp_path):
-    """Tokens come from Secret Manager into docker's environment; no argument holds one."""
+    """Tokens go from Secret Manager into the container by its standard input: no argument holds
+    one, nor does a variable that docker would write down."""
     (train,) = shown(
         "tpu_vm.sh", "train", "r", "--zone", "us-east5-a", "--on", "v6e:4x4", *TPU_RUN,
         "WANDB_API_KEY=wandb", "--", "--gin.TEXT='a b'",
     )  # fmt: skip
     script = next(w for w in train if w.startswith("--command=")).removeprefix("--command=")
     log = f'printf "%s\\0" "$(basename "$0")" "$@" >>{tmp_path}/log; echo >>{tmp_path}/log\n'
+    run = 'while [[ $1 != --entrypoint ]]; do shift; done; "$2" "${@:4}"'  # bash, not the image
     stand_ins = {
         "gcsfuse": "", "mountpoint": "exit 1", "mkdir": "",
-        "docker": "env >>$LOG.$1; [ $1 != stop ]",  # nothing runs yet
+        "docker": f"env >>$LOG.$1; [ $1 != stop ] || exit 1; [ $1 != run ] || {{ {run}; }}",
+        "dppo": "env >>$LOG.dppo; exit 7",
         "gcloud": f"[ $1 = secrets ] && echo {KEY}; exit 0",
         "sudo": '[ "$1" = -E ] && shift; "$@"',
     }  # fmt: skip
@@ -171,17 +174,17 @@ def test_what_a_tpu_worker_runs(tmp_path):
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "env")}
     environment["HOME"] = str(tmp_path)
-    subprocess.run(["bash", "-c", script], env=environment, check=True)
+    assert subprocess.run(["bash", "-c", script], env=environment).returncode == 7
     called = [line.split("\0")[:-1] for line in (tmp_path / "log").read_text().splitlines()]
     assert ["gcsfuse", "--implicit-dirs", "-o", "allow_other", "b", "/mnt/runs"] in called
     assert ["gcloud", "auth", "configure-docker", "us-docker.pkg.dev", "--quiet"] in called
     stop, remove, docker = (words for words in called if words[0] == "docker")
     assert stop == ["docker", "stop", "--time", "300", "dppo"] and remove[1] == "rm"
     assert docker[:2] == ["docker", "run"] and "JAX_PLATFORMS=tpu,cpu" in docker
-    image = docker.index("us-docker.pkg.dev/p/d:tpu")
-    assert docker[image - 2 : image] == ["--env", "WANDB_API_KEY"]
+    assert docker[docker.index("--entrypoint") + 2] == "us-docker.pkg.dev/p/d:tpu"
     asked = ["train", RECIPE, "--workdir", "/runs/r", "--host-timeout", "1200", "--gin.TEXT='a b'"]
-    assert docker[image + 1 :] == asked
-    found = (tmp_path / "env.run").read_text().splitlines()
-    assert {f"WANDB_API_KEY={KEY}", f"DOCKER_CONFIG={tmp_path}/.docker"} <= set(found)
+    assert called[-1] == ["dppo", *asked]
+    outside, inside = ((tmp_path / f"env.{name}").read_text() for name in ("run", "dppo"))
+    assert f"WANDB_API_KEY={KEY}" in inside.splitlines() and KEY not in outside
+    assert f"DOCKER_CONFIG={tmp_path}/.docker" in outside.splitlines()
     assert all(KEY not in word for words in called for word in words)

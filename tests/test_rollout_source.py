@@ -60,6 +60,21 @@ def test_an_engine_elsewhere_trains_the_same_policy(dppo, toy_recipe, tmp_path):
     ).read_text()
 
 
+def test_an_engine_elsewhere_draws_ahead(dppo, toy_recipe, tmp_path):
+    """While the trainer trains: the numbers of the trainer's own devices one version ahead."""
+    flags = ("--gin.STEPS=2", "--gin.train.train.async_depth=1")
+    home = dppo("train", toy_recipe, "--workdir", tmp_path / "home", *flags)
+    assert home.status == 0, home.err
+    with serving() as (_, url):
+        recipe = tmp_path / "remote.gin"
+        recipe.write_text(REMOTE.format(toy=toy_recipe, url=url))
+        away = dppo("train", recipe, "--workdir", tmp_path / "away", *flags)
+    assert away.status == 0, away.err
+    for ours, theirs in zip(numbers(tmp_path / "away"), numbers(tmp_path / "home"), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+        assert ours["staleness/max"] == min(ours["step"], 1)
+
+
 @pytest.fixture(scope="module")
 def dynamic(dppo, toy_recipe, tmp_path_factory):
     """A recipe with dynamic sampling over divided steps, and a finished run of it."""

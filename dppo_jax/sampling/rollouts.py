@@ -29,7 +29,12 @@ from dppo_jax.sharding import batch_sharding
 
 @runtime_checkable
 class RolloutSource(Protocol):
-    """What the trainer and evaluation ask for rollouts."""
+    """What the trainer and evaluation ask for rollouts.
+
+    A source that computes on none of the trainer's devices, such as a client of another process,
+    may say so by an attribute `elsewhere = True`: with `async_depth` a thread then asks it while
+    training goes on, one step after the other; an evaluation may ask at the same time.
+    """
 
     def rollout(
         self,
