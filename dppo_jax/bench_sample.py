@@ -24,6 +24,7 @@ from dppo_jax.models.decoder import DecoderConfig, Model, Params
 from dppo_jax.sampling.engine import Engine, EngineConfig
 from dppo_jax.sampling.paged_cache import storage_dtype
 from dppo_jax.sampling.requests import SamplingParams
+from dppo_jax.sharding import MeshConfig, shardings_of
 
 STREAM_BYTES = 2**28  # read and written by the measurement of the bandwidth
 
@@ -126,8 +127,12 @@ def bench_sample(
     dtype: str,
     cache_dtype: str,
     repeats: int,
+    data: int = 0,
 ) -> dict[str, Any]:
     """Tokens a second of a preset on random weights, as medians over `repeats` runs.
+
+    All devices take part: `data` copies of the parameters (0: one on each device of a CPU, else
+    one) share the slots.
 
     Forms: "recorded" returns log-probabilities, entropy and the top K; "plain" has K = 0, and
     still computes the softmax that it draws from. The long tail adds "static": slots are filled
@@ -140,9 +145,16 @@ def bench_sample(
     shape = PRESETS[preset]
     config = DecoderConfig(vocab_size=shape.vocab, **shape.model, qk_norm=True, dtype=dtype)
     model = Model(config)
-    params = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(key)))(
-        jax.random.key(0)
-    )
+    if data == 0:
+        data = jax.device_count() if jax.default_backend() == "cpu" else 1
+    mesh = MeshConfig(data=data).build()
+
+    def made(key):
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(key))
+
+    with jax.set_mesh(mesh):
+        born = jax.jit(made, out_shardings=shardings_of(model.logical_axes, mesh))
+        params = born(jax.random.key(0))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, shape.vocab, shape.prompt_length) for _ in range(shape.prompts)]
     lengths = np.full(shape.prompts, shape.response_length)
@@ -165,7 +177,9 @@ def bench_sample(
     peaks, bandwidths = [matmul_peak(dtype=dtype)], [memory_bandwidth()]
     engines = {}
     for name, change in forms.items():
-        engine = engines[name] = Engine(model, replace(settings, **change))
+        engine = engines[name] = Engine(
+            model, replace(settings, **change), mesh if mesh.size > 1 else None
+        )
         engine.warm_up(params)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     tokens = 0
@@ -202,6 +216,7 @@ def bench_sample(
         "repeats": repeats,
         "machine": {
             "device": jax.devices()[0].device_kind,
+            "devices": mesh.size,
             "cores": os.cpu_count(),
             "jax": jax.__version__,
             "python": platform.python_version(),

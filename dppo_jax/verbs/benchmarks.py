@@ -32,13 +32,7 @@ def add(verbs: Any) -> None:
         ("kv-heads", 0), ("experts", 0), ("experts-per-token", 0),
     ):  # fmt: skip
         step.add_argument(f"--{flag}", type=int, default=default, help=f"(default: {default})")
-    step.add_argument(
-        "--data",
-        type=int,
-        default=0,
-        help="how many copies of the parameters share the batch (default: 2 on a CPU, made two "
-        "devices; else 1, split over all devices)",
-    )
+    _add_data(step, "the batch")
 
     head = add_verb(
         bench,
@@ -82,10 +76,26 @@ def add(verbs: Any) -> None:
     sample.add_argument(
         "--cache-dtype", default="model", help="model, bfloat16 or int8 (default: model)"
     )
+    _add_data(sample, "the slots")
+
+
+def _add_data(verb: argparse.ArgumentParser, shared: str) -> None:
+    verb.add_argument(
+        "--data",
+        type=int,
+        default=0,
+        help=f"how many copies of the parameters share {shared} (default: 2 on a CPU, made two "
+        "devices; else 1, split over all devices)",
+    )
+
+
+def _start_devices(options: argparse.Namespace) -> None:
+    """What XLA runs on one core of a CPU in decoding, two devices do side by side."""
+    command.start_jax(cpu_devices=options.data or 2)
 
 
 def _bench_sample(options: argparse.Namespace) -> None:
-    command.start_jax()
+    _start_devices(options)
     from dppo_jax.bench_sample import bench_sample, show_sample
 
     result = bench_sample(
@@ -96,13 +106,13 @@ def _bench_sample(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         cache_dtype=options.cache_dtype,
         repeats=options.repeats,
+        data=options.data,
     )
     print(json.dumps(result)) if options.json else show_sample(result)
 
 
 def _bench_step(options: argparse.Namespace) -> None:
-    # What XLA runs on one core of a CPU in decoding, two devices do side by side.
-    command.start_jax(cpu_devices=options.data or 2)
+    _start_devices(options)
     from dppo_jax.bench import bench_step, show_step
 
     shape = {
