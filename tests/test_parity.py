@@ -143,7 +143,7 @@ def test_transformers_loads_what_is_exported(case, tmp_path):
 
 
 def test_verify_prints_the_differences_and_refuses_what_differs(tmp_path, dppo, monkeypatch):
-    saved(transformers_model("qwen2"), tmp_path / "in")
+    saved(transformers_model("qwen3_moe", moe_intermediate_size=13), tmp_path / "in")
     monkeypatch.setattr(hf_verify, "NEW", 8)
     given = ("import-hf", tmp_path / "in", tmp_path / "out", "--verify")
     done = dppo(*given, "--json")
