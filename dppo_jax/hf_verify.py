@@ -94,10 +94,14 @@ def verify(imported: Imported) -> dict[str, Any]:
         "greedy_wrong": int((behind > TOLERANCE * largest).sum()),
         "exported_difference": float(np.abs(again - theirs)[mask].max()),
     }
-    within = TOLERANCE * largest
-    report["ok"] = (
+    return report | {"ok": agrees(report)}
+
+
+def agrees(report: dict[str, Any]) -> bool:
+    """Whether the differences of a report of `verify` are within the tolerance."""
+    within = TOLERANCE * report["logits_largest"]
+    return (
         report["logits_difference"] <= within
         and not report["greedy_wrong"]
         and report["exported_difference"] <= within
     )
-    return report

@@ -152,7 +152,9 @@ def test_verify_prints_the_differences_and_refuses_what_differs(tmp_path, dppo, 
     assert report["ok"] and report["greedy_equal"] == report["greedy_tokens"] == 4 * 8
     assert 0 < report["logits_difference"] < 1e-4 < report["logits_largest"]
     assert report["exported_difference"] == 0.0
-    monkeypatch.setattr(hf_verify, "TOLERANCE", 0.0)
+    for worse in (dict(logits_difference=0.1), dict(greedy_wrong=1), dict(exported_difference=0.1)):
+        assert not hf_verify.agrees(report | worse)
+    monkeypatch.setattr(hf_verify, "verify", lambda _: report | {"ok": False})
     refused = dppo(*given[:2], tmp_path / "again", "--verify")
     assert refused.status == 1 and "differs from transformers" in refused.err
     assert not (tmp_path / "again").exists()
