@@ -37,8 +37,7 @@ MODELS = {"gemma": GEMMA, "mixture": MIXTURE}
 MESHES = {  # fsdp x tensor is test_mesh.py's
     "gemma": (dict(fsdp=2, sequence=4),),
     "mixture": (
-        dict(data=4, tensor=2),
-        dict(fsdp=2, expert=4),
+        dict(data=2, fsdp=2, expert=2),
         dict(expert=2, sequence=2, tensor=2),
     ),
 }
@@ -69,10 +68,25 @@ def rollout_of(vocabulary, prompts=PROMPTS, length=LENGTH, new=NEW):
     )
 
 
-def program_of(model, packed=False):
+def replayed(rollout, config):
+    """With recorded experts, that the routers would not choose."""
+    rng = np.random.default_rng(2)
+
+    def recorded(mask):
+        shape = (*mask.shape, config.layers, config.experts)
+        chosen = rng.random(shape).argsort(axis=-1)[..., : config.experts_per_token]
+        return np.where(mask[..., None, None], chosen, -1).astype(np.int8)
+
+    followed = np.pad(rollout.response_mask[:, 1:], ((0, 0), (0, 1)))
+    return dataclasses.replace(
+        rollout, prompt_experts=recorded(rollout.prompt_mask), experts=recorded(followed)
+    )
+
+
+def program_of(model, packed=False, balanced=True):
     """(params, batch) -> ((loss, statistics), gradients); Gemma's by two passes, others by one.
 
-    `packed`: as one microbatch of packed rows.
+    `packed`: as one microbatch of packed rows. `balanced`: with the load's term of a mixture.
     """
     objective = dppo_topk_tv(delta=10.0)
 
@@ -92,7 +106,7 @@ def program_of(model, packed=False):
             total, stats, routing = loss_and_score(
                 model, params, batch, objective.token_local, temperature=0.9
             )
-            if model.config.experts:
+            if model.config.experts and balanced:
                 total += routing["moe/aux_loss"].sum * jnp.sum(mask)
         else:
             stats = score(model, params, batch.rollout, temperature=0.9)
@@ -152,22 +166,29 @@ def main(*asked) -> dict:
         advantages = np.random.default_rng(1).normal(size=(PROMPTS * SAMPLES, 1))
         advantages = np.broadcast_to(advantages, (PROMPTS * SAMPLES, NEW)).astype(np.float32)
         batch = Batch(rollout, advantages)
-        alone = program_of(model)(params, batch)
+        alone = {"padded": program_of(model)(params, batch)}
+        alone["packed"] = alone["padded"]
+        of = packing.plan_of(rollout, budget(rollout))
+        assert of.count == 1 and len(set(of.row[0].tolist())) < PROMPTS * SAMPLES
+        packed = batch
+        if model.config.experts:
+            # Balance would differ: packed, each sample brings its prompt.
+            packed = Batch(replayed(rollout, model.config), advantages)
+            alone["packed"] = program_of(model, balanced=False)(params, packed)
         for sizes in meshes[name]:
             devices = jax.devices()[: math.prod(sizes.values())]
             mesh = MeshConfig(**{"fsdp": 1} | sizes).build(devices)
             with jax.set_mesh(mesh):
                 placed = jax.device_put(params, shardings_of(model.logical_axes, mesh))
-                rows = jax.device_put(batch, batch_sharding(mesh))
+                rows, packed_rows = jax.device_put((batch, packed), batch_sharding(mesh))
                 runs = {"padded": program_of(model)(placed, rows)}
-                # A mixture's balance differs: packed, each sample brings a prompt of its own.
-                if "sequence" in sizes and not model.config.experts:
-                    of = packing.plan_of(rollout, budget(rollout))
-                    assert of.count == 1 and len(set(of.row[0].tolist())) < PROMPTS * SAMPLES
-                    runs["packed"] = program_of(model, packed=True)(placed, rows, of)
+                if "sequence" in sizes:
+                    runs["packed"] = program_of(model, packed=True, balanced=False)(
+                        placed, packed_rows, of
+                    )
             for kind, split in runs.items():
                 found.append({"model": name, "mesh": sizes, "rows": kind})
-                found[-1] |= differences(split, alone)
+                found[-1] |= differences(split, alone[kind])
                 print(found[-1], file=sys.stderr, flush=True)
     ring.LARGEST = 2**26
     memory = [] if each_axis else [temporary_bytes(devices) for devices in (1, 8)]
