@@ -38,6 +38,7 @@ from dppo_jax.scoring import (
     tightness,
 )
 from dppo_jax.sharding import constrain
+from dppo_jax.slopes import along, check_packing, slopes_of
 
 # (state, batch), the parameters that exact divergences are from where the objective needs those
 # (else None), and with LoRA the base's
@@ -188,10 +189,11 @@ def make_update(
     With `tokens_per_microbatch` the sequences are packed into rows of that many tokens in all, a
     prompt beside each of its responses, and there are as many microbatches as they need.
     An objective with `statistics` of the whole minibatch costs one more forward pass where that
-    comes in several microbatches.
+    comes in several microbatches, as does one that compares a prompt's samples where these are
+    packed: its loss and slopes are then the whole's, and each part follows its tokens' slopes.
     """
     if tokens_per_microbatch is not None:
-        check_packing(objective, microbatches)
+        check_packing(objective, critic, microbatches)
 
     # What else an objective may need is not among the terms that the single pass hands out.
     plain = objective.next_state is None and objective.needs <= {"logp_old", "logp_ref"}
@@ -214,15 +216,22 @@ def make_update(
             )
         counted = isinstance(state.token_counts, jax.Array)
 
+        def with_state(batch: Batch) -> Batch:
+            size = model.config.vocab_size if counted else None
+            return dataclasses.replace(
+                batch, objective_state=state.objective_state, vocab_size=size
+            )
+
         def policy_of(adapted: Params, seeds: Any) -> Params:
             return model.policy(adapted, base, jax.random.key(seeds[0]) if dropout else None)
 
-        def statistics_of(rows: tuple[Batch, Any]) -> Any:
-            """Those of the whole minibatch, for which it is scored once without a gradient."""
-            if objective.statistics is None or (of is None and microbatches == 1):
-                return None  # nothing to know, or the loss sees the whole
+        def scored_before(rows: tuple[Batch, Any, Any]) -> TokenStats | None:
+            """The whole minibatch, scored without a gradient, where a part tells too little."""
+            split = of is not None or (objective.statistics is not None and microbatches > 1)
+            if not split or (objective.statistics is None and objective.scope != "prompt"):
+                return None
 
-            def of_part(part: tuple[Batch, Any]) -> dict[str, Array]:
+            def of_part(part: tuple[Batch, Any, Any]) -> dict[str, Array]:
                 params = policy_of(state.params, part[1])
                 stats = score(model, params, part[0].rollout, temperature=temperature)
                 return {name: getattr(stats, name) for name in ("logp", "topk_logp", "entropy")}
@@ -233,17 +242,12 @@ def make_update(
                 budget = packing.budget_of(tokens_per_microbatch or 0, batch.rollout)
                 sequences = len(batch.rollout.response_tokens)
                 found = over_packed(of_part, rows, of, budget, sequences)
-            return objective.statistics(TokenStats(**found), batch)
+            return TokenStats(**found)
 
-        def loss_of(trained: tuple[Params, Any], part: tuple[Batch, Any]) -> LossSum:
-            (adapted, value_params), (rows, seeds) = trained, part
+        def loss_of(trained: tuple[Params, Any], part: tuple[Batch, Any, Any]) -> LossSum:
+            (adapted, value_params), (rows, seeds, slopes) = trained, part
             params = policy_of(adapted, seeds)
-            rows = dataclasses.replace(
-                rows,
-                objective_state=state.objective_state,
-                statistics=statistics,
-                vocab_size=model.config.vocab_size if counted else None,
-            )
+            rows = dataclasses.replace(with_state(rows), statistics=statistics)
             if token_local is not None:
                 loss_sum, stats, routing = loss_and_score(
                     model, params, rows, token_local, temperature=temperature
@@ -268,7 +272,9 @@ def make_update(
                     rollout_params=rollout_params,
                     also=also,
                 )
-                out = objective.loss(stats, rows)
+                out = (
+                    along(slopes, stats, rows, objective) if slopes else objective.loss(stats, rows)
+                )
             if balance:
                 term = balance * routing["moe/aux_loss"].sum  # type: ignore[union-attr]
                 out = out._replace(loss_sum=out.loss_sum + term * out.weight_sum)
@@ -278,13 +284,23 @@ def make_update(
         trained = (state.params, () if critic is None else state.critic.params)
         # A seed for each prompt, so that every microbatch drops out units of its own.
         drawn = jax.random.key(state.step), (len(batch.rollout.prompt_tokens),)
-        rows = batch, jax.random.bits(*drawn) if dropout else ()
-        statistics = statistics_of(rows)
+        rows: tuple[Batch, Any, Any]
+        rows = batch, jax.random.bits(*drawn) if dropout else (), ()
+        scored, statistics, whole = scored_before(rows), None, None
+        if scored is not None and objective.statistics is not None:
+            statistics = objective.statistics(scored, batch)
+        elif scored is not None:
+            whole, slopes = slopes_of(objective, scored, with_state(batch))
+            rows = *rows[:2], slopes
         if of is None:
             (grads, value_grads), total = accumulate(loss_of, trained, rows, microbatches)
         else:
             budget = packing.budget_of(tokens_per_microbatch or 0, batch.rollout)
             (grads, value_grads), total = accumulate_packed(loss_of, trained, rows, of, budget)
+        if whole is not None:
+            total = total._replace(
+                loss_sum=total.loss_sum + whole.loss_sum, metrics=total.metrics | whole.metrics
+            )
         after, norms = apply_gradient(state, grads, optimizer, "update")
         metrics = total.metrics | _total(total) | norms
         if critic is not None:
@@ -324,20 +340,6 @@ class PackedUpdate:
         budget = packing.budget_of(self.tokens_per_microbatch, batch.rollout)
         of = packing.plan_of(batch.rollout, budget)
         return self.program(state, batch, rollout_params, base, of)
-
-
-def check_packing(objective: Objective, microbatches: int) -> None:
-    """Refuses what packed sequences do not go with."""
-    if microbatches != 1:
-        raise ValueError(
-            f"tokens_per_microbatch and microbatches={microbatches}: the tokens decide how many "
-            "microbatches there are; leave that at 1"
-        )
-    if objective.scope == "prompt":
-        raise ValueError(
-            "tokens_per_microbatch splits a prompt's samples, and this objective compares them: "
-            "leave it out"
-        )
 
 
 def make_tightness(

@@ -24,6 +24,8 @@ from dppo_jax.objectives import (
     kl_cov,
     rebel,
     seq_mean_token_mean,
+    token_mean,
+    with_entropy_bonus,
     with_value_loss,
 )
 from dppo_jax.packing import MOST_IN_A_ROW, Budget, plan
@@ -84,14 +86,20 @@ def moved(state, batch, update):
 
 @pytest.mark.parametrize(
     "objective",
-    [dppo_binary_tv(), gspo(aggregate=seq_mean_token_mean), kl_cov(0.15)],
-    ids=["tokens", "sequences", "whole batch"],
+    [
+        dppo_binary_tv(),
+        gspo(aggregate=seq_mean_token_mean),
+        kl_cov(0.15),
+        with_entropy_bonus(rebel(8.0, aggregate=token_mean), 0.1),
+    ],
+    ids=["tokens", "sequences", "whole batch", "prompts"],
 )
 def test_a_packed_step_is_the_padded_one(small, objective):
     """Parameters after a step of plain gradient descent, losses and metrics, in float32.
 
     Rows of 7 cells, three to a microbatch: the 8 sequences of 1 to 5 tokens need two microbatches.
     KL-Cov's means and largest three tokens are the whole minibatch's, in padded parts of it too.
+    REBEL's prompts of two samples have them in different rows, and weigh them by their lengths.
     """
     model, params = small
     batch, optimizer = made_batch(), optax.sgd(1.0)
@@ -186,5 +194,6 @@ def test_what_packing_does_not_go_with(small):
 
     with pytest.raises(ValueError, match="microbatches=2: the tokens decide"):
         made(dppo_binary_tv(), microbatches=2)
-    with pytest.raises(ValueError, match="compares them"):
-        made(rebel())
+    critic = ValueModel(optax.sgd(0.5)).build(model.config)
+    with pytest.raises(ValueError, match=r"compares them by more than log-prob.* \(a critic\)"):
+        made(rebel(), critic=critic)

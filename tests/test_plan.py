@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import pytest
 
 from dppo_jax.kernels.chips import CHIPS
-from dppo_jax.models.grouped import grouped_product
 from dppo_jax.plan import topology
 from dppo_jax.plan.assigned import sizes_of
 from dppo_jax.plan.hlo import costs_of
@@ -219,15 +218,6 @@ def test_flops_of_a_compiled_scan_grow_with_its_length(layers):
     assert total.flops == 3 * layers * 2 * rows * width * width  # forward, and twice that backward
     # XLA counts a body once, and the elements of everything else too.
     assert once.flops <= compiled.cost_analysis()["flops"] < 1.2 * once.flops
-
-
-def test_a_product_of_experts_counts_the_rows_that_there_are():
-    """Loops over blocks end by data; they say how many to expect."""
-    shapes = (256, 8), (4, 8, 16)
-    x, weight = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    compiled = jax.jit(grouped_product).lower(x, weight, jnp.zeros(4, jnp.int32)).compile()
-    total, _ = costs_of(compiled.as_text(), V5P, unknown_trips=1000)
-    assert (total.flops, total.unknown_loops) == (2 * 256 * 8 * 16, 0)
 
 
 def test_a_batched_product_as_a_tpu_writes_it():

@@ -119,8 +119,8 @@ class _Blocks:
     """The blocks that the rows of each expert are cut into, the first at its first row."""
 
     def __init__(self, rows: int, sizes: Int[Array, " E"]):
-        self._mean = -(-rows // len(sizes))
-        self.rows = min(max(1 << (self._mean - 1).bit_length(), LEAST_BLOCK), LARGEST_BLOCK)
+        mean = -(-rows // len(sizes))
+        self.rows = min(max(1 << (mean - 1).bit_length(), LEAST_BLOCK), LARGEST_BLOCK)
         self.ends = jnp.cumsum(sizes)
         self._starts, self._number = self.ends - sizes, -(-sizes // self.rows)
 
@@ -129,9 +129,10 @@ class _Blocks:
         return jnp.pad(x, ((0, self.rows), (0, 0)))
 
     def over(self, expert, block, carried):
-        """`block`(its first row, carried) over an expert's; the name tells plans how often."""
+        """`block`(its first row, carried) over an expert's."""
         start = self._starts[expert]
-        with jax.named_scope(f"expected_trips={-(-self._mean // self.rows)}"):
-            return lax.fori_loop(
-                0, self._number[expert], lambda i, c: block(start + i * self.rows, c), carried
-            )
+
+        def step(i, carried):
+            return block(start + i * self.rows, carried)
+
+        return lax.fori_loop(0, self._number[expert], step, carried)

@@ -229,9 +229,7 @@ class _Module:
         return min(total, whole)
 
     def _trips(self, i: Instruction, around: dict[str, Instruction]) -> float | None:
-        """How often a loop runs: as XLA says, from a condition `counter < constant`, or by name."""
-        if said := re.search(r'/expected_trips=(\d+)/while"', i.attributes):
-            return float(said[1])  # `models.grouped`: as many as there are on average
+        """How often a loop runs: as XLA says, or from a condition `counter < constant`."""
         if known := re.search(r'known_trip_count"?:?=?\{"?n"?:"?(\d+)', i.attributes):
             return float(known[1])
         condition = self._computations.get((called(i, "condition") or [""])[0], {})

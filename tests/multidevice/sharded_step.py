@@ -171,7 +171,7 @@ def main(*asked) -> dict:
         of = packing.plan_of(rollout, budget(rollout))
         assert of.count == 1 and len(set(of.row[0].tolist())) < PROMPTS * SAMPLES
         packed = batch
-        if model.config.experts:
+        if model.config.experts and not each_axis:
             # Balance would differ: packed, each sample brings its prompt.
             packed = Batch(replayed(rollout, model.config), advantages)
             alone["packed"] = program_of(model, balanced=False)(params, packed)
