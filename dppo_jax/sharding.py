@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     "columns": Rule((), ("sequence",), ()),  # of one sequence
     "tokens": Rule((), (*_ROWS, "sequence"), ("data",)),  # flattened, into matrix products
     "queries": Rule((), (*_ROWS, "sequence"), (*_ROWS, "sequence")),  # flattened, in attention
+    "groups": Rule((), (*_ROWS, "sequence"), _ROWS),  # halfway from queries to tokens
     "width": Rule((), (), ("fsdp", "expert")),  # of the residual stream
 }
 

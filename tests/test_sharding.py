@@ -70,5 +70,11 @@ def test_a_rule_takes_each_mesh_axis_once():
     assert spec_of(mixture, mesh, "decode") == P(None, "expert", "fsdp", ("tensor", "sequence"))
     assert spec_of(("tokens", "width"), mesh, "compute") == P(("fsdp", "expert", "sequence"))
     assert spec_of(("tokens", "width"), mesh, "decode") == P(None, ("fsdp", "expert"))
+    split = [axes_of(rows, mesh, "decode") for rows in ("queries", "groups", "tokens")]
+    assert split == [
+        ("fsdp", "expert", "sequence"),
+        ("fsdp", "expert"),
+        (),
+    ]  # one step, then another
     assert axes_of("mlp", mesh, "decode", 6) == ("tensor",)
     assert spec_of(("batch",), mesh, "decode", (12,)) == P(("fsdp", "expert"))

@@ -163,7 +163,8 @@ class Block(nnx.Module):
         """`finish`, the experts that the router chooses (`replayed` ones take their place), and
         their load by the `real` tokens, where these are told."""
         c = self.config
-        attended = constrain(constrain(attended, "queries", "heads"), "tokens", "heads")
+        for rows in ("queries", "groups", "tokens"):  # or partitioners gather it whole
+            attended = constrain(attended, rows, "heads")
         out = constrain(self._product(attended, "o").astype(x.dtype), "tokens", "width")
         if c.post_norms:
             out = normed(c, out, self.post_attention_norm)
