@@ -107,7 +107,7 @@ END
   echo "tokens="
   for token in "${tokens[@]+"${tokens[@]}"}"; do
     echo "value=\$(gcloud secrets versions access latest --secret=${token#*=})"
-    echo "tokens+=\"export ${token%%=*}=\$(printf %q \"\$value\")\"\$'\\n'"
+    printf '%s\n' "tokens+=\"export ${token%%=*}=\$(printf %q \"\$value\")\"\$'\\n'"
   done
   # By standard input: docker keeps the variables that it is given in a file.
   echo "printf %s \"\$tokens\" | sudo -E docker run --interactive --init --name dppo --privileged" \
