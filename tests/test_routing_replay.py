@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_collect import Words
 
 from dppo_jax.batches import make_batch_of
 from dppo_jax.metrics import reduce_metrics
@@ -17,8 +18,12 @@ from dppo_jax.models.decoder import Decoder, DecoderConfig, Model, rope_tables
 from dppo_jax.models.moe import differing_choices, route, stored_ids
 from dppo_jax.objectives import dppo_binary_tv
 from dppo_jax.records import Batch
+from dppo_jax.sampling.engine import Engine, EngineConfig
 from dppo_jax.sampling.generate import SamplingConfig, generate
-from dppo_jax.scoring import score_and_routing
+from dppo_jax.sampling.requests import Completion, SamplingParams, Timings
+from dppo_jax.sampling.rollouts import Continuous, RolloutContext, from_completions
+from dppo_jax.scoring import score_and_routing, with_own_routing
+from dppo_jax.sharding import MeshConfig
 from dppo_jax.update import init_state, make_update
 
 SETTINGS = SamplingConfig(
@@ -311,3 +316,47 @@ def test_a_recipe_chooses(dppo, toy_recipe, tmp_path):
     result = dppo("train", recipe, "--workdir", tmp_path / "b", "--gin.train.train.routing=r3")
     assert result.status == 2 and "routing" in result.err
     assert not (tmp_path / "b").exists()
+
+
+def test_the_engine_records_what_the_scorer_would_choose(mixture, prompts):
+    """Six samples on four slots, in chunks of two tokens: as the scorer routes the same tokens.
+
+    A prompt's samples share its computation, and one is taken out and put back.
+    """
+    model, params = mixture
+    mesh = MeshConfig().build()
+    config = EngineConfig(slots=4, max_context=16, chunk=2, page_size=4, prefill_buckets=(16,))
+    context = RolloutContext(model, mesh, Words(), prompts.tokens.shape[1], SETTINGS)
+    source = Continuous(context, config)
+    drawn = source.rollout(params, prompts, jax.random.key(4), SETTINGS)
+    own = with_own_routing(model, params, unrecorded(drawn))
+    np.testing.assert_array_equal(drawn.prompt_experts, own.prompt_experts)
+    np.testing.assert_array_equal(drawn.experts, own.experts)
+    assert drawn.experts.dtype == stored_ids(5) and np.any(np.asarray(drawn.experts) >= 0)
+    engine = source.engine(params, SETTINGS)
+    asked = SamplingParams(max_new_tokens=5, seed=3)
+    [[whole]] = engine.generate(params, [[5, 6, 7]], asked)
+    engine.submit([5, 6, 7], asked)
+    engine.advance(params)
+    engine.resume(*engine.take_unfinished())
+    events = []
+    while engine.pending:
+        events += engine.advance(params)
+    resumed = events[-1].completion
+    np.testing.assert_array_equal(resumed.tokens, whole.tokens)
+    assert whole.experts.shape == (5, 2, 2) and whole.prompt_experts.shape == (3, 2, 2)
+    np.testing.assert_array_equal(resumed.experts, whole.experts)
+    np.testing.assert_array_equal(resumed.prompt_experts, whole.prompt_experts)
+
+
+def test_experts_that_nobody_records(mixture, tiny, prompts):
+    with pytest.raises(ValueError, match="this model has no experts"):
+        Engine(tiny[0], EngineConfig(record_experts=True, prefix_cache=False))
+    with pytest.raises(ValueError, match="set prefix_cache to False"):
+        EngineConfig(record_experts=True)
+    ids, floats = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    topk = np.zeros((1, 3), np.int32), np.zeros((1, 3), np.float32)
+    foreign = Completion(ids, floats, *topk, floats, ids, 0, Timings(0.0, 0.0, 0.0))
+    mesh = MeshConfig().build()
+    with pytest.raises(ValueError, match="the sampler does not record experts: set routing"):
+        from_completions(prompts, [foreign] * 2 * len(prompts.tokens), SETTINGS, mesh)

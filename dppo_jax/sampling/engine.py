@@ -56,6 +56,12 @@ class Engine:
                 f"top_k_capture={c.top_k_capture} is more than the model's vocabulary of "
                 f"{self.model.config.vocab_size}: set a smaller K"
             )
+        routed = 0, 0
+        if c.record_experts:
+            if not self.model.config.experts:
+                raise ValueError("this model has no experts: set record_experts to False")
+            routed = self.model.config.layers, self.model.config.experts_per_token
+        self._nothing = no_tokens(c.top_k_capture, routed)
         self.stats = Stats()
         self._device = EngineDevice(self.model, c, self.mesh)
         self._scheduler = Scheduler(
@@ -81,13 +87,12 @@ class Engine:
         request = self._request(prompt, sampling)
         if reason := self._why_not(request):
             self._refused += [
-                refusal(request.id, index, self.config.top_k_capture, reason)
-                for index in range(sampling.n)
+                refusal(request.id, index, self._nothing, reason) for index in range(sampling.n)
             ]
             return request.id
-        now, nothing = time.monotonic(), no_tokens(self.config.top_k_capture)
+        now = time.monotonic()
         self._scheduler.queue.extend(
-            Sample(request, index, [nothing], now) for index in range(sampling.n)
+            Sample(request, index, [self._nothing], now) for index in range(sampling.n)
         )
         return request.id
 
@@ -104,9 +109,13 @@ class Engine:
                 f"the sample was drawn with top_k_capture={kept.topk_ids.shape[1]}, this engine "
                 f"has {self.config.top_k_capture}: use one for both"
             )
+        if kept.experts.shape[1:] != self._nothing.experts.shape[1:]:
+            raise ValueError("record_experts is not as when the sample was drawn: use one for both")
         if reason := self._why_not(request):
             raise ValueError(reason)
-        sample = Sample(request, unfinished.sample, [kept], time.monotonic())
+        sample = Sample(
+            request, unfinished.sample, [kept], time.monotonic(), unfinished.prompt_experts
+        )
         sample.queue_seconds = spent.queue
         sample.prefill_seconds, sample.decode_seconds = spent.prefill, spent.decode
         self._scheduler.queue.append(sample)
@@ -121,8 +130,14 @@ class Engine:
         """Takes out all samples, or one request's, that have not ended."""
         return [
             Unfinished(
-                s.request.id, s.index, s.request.prompt, s.request.sampling, s.so_far(), s.timings
-            )
+                s.request.id,
+                s.index,
+                s.request.prompt,
+                s.request.sampling,
+                s.so_far(),
+                s.timings,
+                s.prompt_experts,
+            )  # fmt: skip
             for s in self._scheduler.remove(request)
         ]
 
@@ -209,6 +224,8 @@ class Engine:
         began, running = time.monotonic(), self._scheduler.running
         chunk = self._device.decode(params, running)
         seconds = time.monotonic() - began
+        nobody = np.zeros((*chunk.drawn.token.shape, 0, 0), np.int8)
+        experts = nobody if chunk.experts is None else chunk.experts
         self.stats.chunks += 1
         self.stats.slot_steps += self.config.slots * int(chunk.steps)
         events = []
@@ -228,6 +245,7 @@ class Engine:
                 entropy=column(drawn.entropy),
                 policy_version=np.full(count, policy_version, np.int32),
                 kept_count=column(drawn.kept_count),
+                experts=column(experts),
             )
             sample.decode_seconds += seconds
             sample.length += count

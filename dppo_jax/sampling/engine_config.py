@@ -24,6 +24,7 @@ class EngineConfig:
     # For training: whoever filters keeps at most top_k_capture tokens, which are all recorded, so
     # that `scoring` can renormalise over them.
     replay: bool = False
+    record_experts: bool = False  # of a mixture; every prompt is computed, so prefix_cache is off
     logp: str = "sampled"  # or raw: before bias, penalty and filters
     stop_ids: int = 8  # room for those of a request
     logit_biases: int = 32  # likewise
@@ -48,6 +49,10 @@ class EngineConfig:
             raise ValueError("top_k_capture, stop_ids and logit_biases must not be negative")
         if self.replay and not self.top_k_capture:
             raise ValueError("replay records kept sets among the top K: set top_k_capture above 0")
+        if self.record_experts and self.prefix_cache:
+            raise ValueError(
+                "record_experts needs every prompt computed: set prefix_cache to False"
+            )
         if any(bucket < 1 for bucket in self.prefill_buckets):
             raise ValueError(f"prefill_buckets={self.prefill_buckets} must be at least 1 each")
         if self.prefill_buckets and max(self.prefill_buckets) < self.max_context:

@@ -54,6 +54,7 @@ def programs_of(
         cache_dtype=c.cache_dtype,
         ragged=platform == "tpu" and refused is None,
         replay=c.replay,
+        record_experts=c.record_experts,
     )
 
 
@@ -91,7 +92,7 @@ class EngineDevice:
         nowhere = np.full(self.config.slots, self.shape.pages, np.int32)
         self._copy(np.zeros_like(nowhere), nowhere)
         for call in empty_calls(self.config, self.shape):
-            self._place(self._prefill(params, call), np.full_like(nowhere, -1))
+            self._place(self._prefill(params, call)[0], np.full_like(nowhere, -1))
         for width in self._widths:
             self._decode(params, self._rows.slots([], self.config, self.shape, [width]))
 
@@ -114,9 +115,12 @@ class EngineDevice:
             self._place(last, rows)
         for call in prefill_calls(round_.prefills, self.config, self.shape):
             began = time.monotonic()
-            last = jax.block_until_ready(self._prefill(params, call))
+            last, experts = jax.block_until_ready(self._prefill(params, call))
+            experts = jax.device_get(experts)
             for row, job in call.jobs.items():
                 job.result.last = (last, row)
+                if experts is not None:
+                    job.result.experts = experts[row, : len(job.tokens)]
                 for sample in job.samples:
                     sample.prefill_seconds += time.monotonic() - began
 
@@ -135,8 +139,8 @@ class EngineDevice:
     def _place(self, last: jax.Array, rows: np.ndarray) -> None:
         self._hidden = self._counted(engine_programs.place, self._hidden, last, rows)
 
-    def _prefill(self, params: Params, call: Call) -> jax.Array:
-        self._pages, last = self._counted(
+    def _prefill(self, params: Params, call: Call) -> tuple[jax.Array, jax.Array | None]:
+        self._pages, last, experts = self._counted(
             engine_programs.prefill,
             params,
             self._pages,
@@ -144,8 +148,9 @@ class EngineDevice:
             model=self.model,
             max_context=self.config.max_context,
             cache_dtype=self.config.cache_dtype,
+            record_experts=self.config.record_experts,
         )
-        return last
+        return last, experts
 
     def _decode(self, params: Params, slots: Slots) -> Chunk:
         self._pages, self._hidden, chunk = self._counted(

@@ -5,7 +5,7 @@ Pure functions of parameters, pages and plain numbers that the host writes; `eng
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from dppo_jax.models.attention import Prefix, attention
 from dppo_jax.models.block import Block
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Decoder, Model, Params, rope_tables
+from dppo_jax.models.moe import stored_ids
 from dppo_jax.sampling.decode_forms import SLOTS, TOKENS, Ragged, Viewed, Where, by_shard
 from dppo_jax.sampling.paged_cache import (
     LayerPages,
@@ -42,6 +43,7 @@ class Programs:
     raw_logp: bool
     cache_dtype: str
     replay: bool = False
+    record_experts: bool = False
     ragged: bool = False  # attention by the TPU kernel, `decode_forms.Ragged`
 
 
@@ -62,6 +64,7 @@ class Chunk(NamedTuple):
     """What a chunk drew: the first `counts` columns of each slot."""
 
     drawn: Drawn  # [B, C, ...]
+    experts: Int[Array, "B C layers k"] | None  # that the drawn tokens went to
     counts: Int[Array, " B"]
     stopped: Bool[Array, " B"]  # the last of them is a stop id
     steps: Int[Array, ""]
@@ -78,7 +81,7 @@ def _blocks(decoder: Decoder) -> list[Block]:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "max_context", "cache_dtype"),
+    static_argnames=("model", "max_context", "cache_dtype", "record_experts"),
     donate_argnames=("pages",),
 )
 def prefill(
@@ -93,8 +96,10 @@ def prefill(
     model: Model,
     max_context: int,
     cache_dtype: str,
-) -> tuple[list[LayerPages], Float[Array, "N D"]]:
-    """Writes the keys and values of `tokens` to pages `to`; the last token's hidden state.
+    record_experts: bool = False,
+) -> tuple[list[LayerPages], Float[Array, "N D"], Int[Array, "N L layers k"] | None]:
+    """Writes the keys and values of `tokens` to pages `to`; the last token's hidden state, and the
+    experts of all where they are asked.
 
     A row's first `lengths` tokens are real, and follow `prefix_lengths` tokens that lie in the
     pages `prefix`, right-aligned. Keys and values are rounded as they are stored before anything
@@ -110,7 +115,8 @@ def prefill(
     ropes = [(cos[positions], sin[positions]) for cos, sin in tables]
     dtype = storage_dtype(c, cache_dtype)
     x = constrain(decoder.embed(tokens.reshape(-1)), "tokens", "width")
-    new_pages = []
+    new_pages: list[LayerPages] = []
+    experts: list[Any] = []
     write = by_shard(write_pages, axes, TOKENS, SLOTS, gives=axes)
     for block, layer, window in zip(_blocks(decoder), pages, c.windows, strict=True):
         q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
@@ -127,11 +133,15 @@ def prefill(
             q, k, v, mask[:, None], before,
             scale=c.attention_scale, soft_cap=c.attention_soft_cap, window=window,
         )  # fmt: skip
-        x = block.finish(x, out.reshape(rows * width, -1))
+        x, chosen, _ = block.finish_routed(x, out.reshape(rows * width, -1))
+        experts.append(chosen)
         new = jax.tree.map(lambda leaf: leaf.reshape(rows, width, *leaf.shape[1:]), new)
         new_pages.append(write(layer, new, to))
     last = x.reshape(rows, width, -1)[jnp.arange(rows), jnp.maximum(lengths - 1, 0)]
-    return new_pages, decoder.normed(last)
+    routed = None
+    if record_experts:  # whole, for the host
+        routed = constrain(jnp.stack(experts, axis=1).reshape(rows, width, c.layers, -1))
+    return new_pages, decoder.normed(last), routed
 
 
 @functools.partial(jax.jit, donate_argnames=("pages",))
@@ -164,6 +174,7 @@ class _Progress(NamedTuple):
     stopped: Bool[Array, " B"]
     counts: Int[Array, " B"]
     record: Drawn  # [C, B, ...]
+    experts: Int[Array, "C B layers k"] | None
     history: Int[Array, "B max_context"] | None
 
 
@@ -199,13 +210,14 @@ def decode_chunk(
         position = jnp.minimum(slots.length + step, programs.max_context - 1)
         ropes = [(cos[position], sin[position]) for cos, sin in tables]
         x = constrain(decoder.embed(constrain(token, "tokens")), "tokens", "width")
-        new_states = []
+        new_states, experts = [], []
         for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
             q, k, v = block.queries_keys_values(x, ropes[0 if c.windows[i] is None else -1])
             attended, state = form.step(i, state, q, k, v, step, active)
-            x = block.finish(x, attended)
+            x, chosen, _ = block.finish_routed(x, attended)
             new_states.append(state)
-        return decoder.normed(x), new_states
+            experts.append(chosen)
+        return decoder.normed(x), new_states, experts
 
     def advance(p: _Progress) -> _Progress:
         drawn = sample_rows(
@@ -233,7 +245,10 @@ def decode_chunk(
             at = jnp.where(p.active, slots.length + p.step, programs.max_context)
             history = history.at[everyone, at].set(drawn.token, mode="drop")
         with viewed("decode"):
-            hidden, states = through_layers(drawn.token, p.step, p.states, p.active)
+            hidden, states, chosen = through_layers(drawn.token, p.step, p.states, p.active)
+        experts = p.experts
+        if experts is not None:
+            experts = experts.at[p.step].set(jnp.stack(chosen, axis=1))
         return _Progress(
             step=p.step + 1,
             hidden=hidden,
@@ -242,13 +257,16 @@ def decode_chunk(
             stopped=p.stopped | stop,
             counts=counts,
             record=record,
+            experts=experts,
             history=history,
         )
 
     def room(shape, kind):
         return jnp.zeros((programs.chunk, batch, *shape), kind)
 
-    stored = (programs.top_k_capture,)
+    stored, experts = (programs.top_k_capture,), None
+    if programs.record_experts:
+        experts = room((c.layers, c.experts_per_token), stored_ids(c.experts))
     p = jax.lax.while_loop(
         lambda p: (p.step < programs.chunk) & jnp.any(p.active),
         advance,
@@ -267,12 +285,13 @@ def decode_chunk(
                 entropy=room((), jnp.float32),
                 kept_count=room((), jnp.int32),
             ),
+            experts=experts,
             history=slots.history,
         ),
     )
     new_pages = form.finish(pages, p.states, p.counts)
-    by_slot = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), p.record)
-    found = Chunk(by_slot, p.counts, p.stopped, p.step)
+    by_slot = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (p.record, p.experts))
+    found = Chunk(by_slot[0], by_slot[1], p.counts, p.stopped, p.step)
     with viewed("decode"):
         hidden = constrain(p.hidden, "tokens", "width")
     return new_pages, hidden, jax.tree.map(constrain, found)  # whole, for the host

@@ -105,15 +105,15 @@ class Continuous:
 
     def engine(self, params: Params, settings: SamplingConfig) -> Engine:
         """The engine for these settings, compiled when it is first needed."""
-        asked = settings.top_k_capture, settings.replays, settings.dtype
+        asked = (
+            settings.top_k_capture, settings.replays, settings.record_experts, settings.dtype
+        )  # fmt: skip
         if asked not in self._engines:
             model = self._context.model
             if settings.dtype is not None:
                 model = model.in_dtype(settings.dtype)
             mesh = self._context.mesh if self._context.mesh.size > 1 else None
-            config = dataclasses.replace(
-                self._config, top_k_capture=settings.top_k_capture, replay=settings.replays
-            )
+            config = with_settings(self._config, settings)
             self._engines[asked] = Engine(model, config, mesh, self._context.tokenizer.decode)
             self._engines[asked].warm_up(params)
         return self._engines[asked]
@@ -139,19 +139,23 @@ class Continuous:
 
 def sized(config: EngineConfig, settings: SamplingConfig, max_prompt_tokens: int) -> EngineConfig:
     """The configuration with what the settings decide; ValueError where the two do not fit."""
-    if settings.record_experts:
-        raise ValueError(
-            "the engine does not record experts: set routing to 'native' or 'replay_trainer', "
-            "or bind rollouts = @Lockstep"
-        )
     longest = max_prompt_tokens + settings.max_new_tokens
     if longest > config.max_context:
         raise ValueError(
             f"EngineConfig.max_context={config.max_context} is less than max_prompt_tokens + "
             f"max_new_tokens = {longest}: set it to that or more"
         )
+    return with_settings(config, settings)
+
+
+def with_settings(config: EngineConfig, settings: SamplingConfig) -> EngineConfig:
+    """The configuration, recording what the settings say."""
     return dataclasses.replace(
-        config, top_k_capture=settings.top_k_capture, replay=settings.replays
+        config,
+        top_k_capture=settings.top_k_capture,
+        replay=settings.replays,
+        record_experts=settings.record_experts,
+        prefix_cache=config.prefix_cache and not settings.record_experts,
     )
 
 
@@ -192,10 +196,12 @@ def from_completions(
     Raises ValueError where their number or a length does not fit, or a request was refused.
     """
     rows = batch_sharding(mesh)
-    local_prompts = to_local_rows(prompts.mask, rows)
+    local_prompts = np.asarray(to_local_rows(prompts.mask, rows))
     batch, length = len(local_prompts) * settings.samples_per_prompt, settings.max_new_tokens
     if len(completions) != batch:
         raise ValueError(f"{len(completions)} completions came back for {batch} samples")
+    if refused := next((c.error for c in completions if c.error), None):
+        raise ValueError(f"the sampler refused a prompt of the batch: {refused}")
     k = settings.top_k_capture
 
     def room(kind: type, *shape: int) -> np.ndarray:
@@ -205,9 +211,10 @@ def from_completions(
     kept = room(np.int32) if settings.replays else None
     logp, entropy = room(np.float32), room(np.float32)
     topk_ids, topk_logp = room(np.int32, k), room(np.float32, k)
+    experts = prompt_experts = None
+    if settings.record_experts:
+        experts, prompt_experts = _room_for_experts(completions, local_prompts, length)
     for row, completion in enumerate(completions):
-        if completion.error:
-            raise ValueError(f"the sampler refused a prompt of the batch: {completion.error}")
         count = len(completion.tokens)
         if not 1 <= count <= length or completion.topk_ids.shape != (count, k):
             raise ValueError(
@@ -228,6 +235,8 @@ def from_completions(
                     "these off in training, or bind rollouts = @Lockstep"
                 )
             kept[row, :count] = completion.kept_count
+        if experts is not None and completion.experts is not None:
+            experts[row, : count - 1] = completion.experts[: count - 1]  # the last is never fed
     reason = np.array([completion.finish_reason for completion in completions], np.int32)
     sampled = dict(
         response_tokens=tokens,
@@ -239,5 +248,28 @@ def from_completions(
         finish_reason=reason,
         policy_version=version,
         kept_count=kept,
+        experts=experts,
+        prompt_experts=prompt_experts,
     )
     return Rollout(prompts.tokens, prompts.mask, **to_global_rows(sampled, rows))
+
+
+def _room_for_experts(
+    completions: Sequence[Completion], prompt_mask: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """[B, T, layers, k] with no expert yet, and the prompts' [P, L, layers, k] of first samples.
+
+    ValueError where the sampler recorded none.
+    """
+    first = completions[:: len(completions) // len(prompt_mask)]
+    of_prompts = [c.prompt_experts for c in first if c.prompt_experts is not None]
+    if len(of_prompts) < len(first):
+        raise ValueError(
+            "the sampler does not record experts: set routing to 'native' or 'replay_trainer', "
+            "or bind rollouts = @Lockstep"
+        )
+    recorded: np.ndarray = np.concatenate(of_prompts)
+    layers_and_k = recorded.shape[1:]
+    prompts = np.full((*prompt_mask.shape, *layers_and_k), -1, recorded.dtype)
+    prompts[prompt_mask] = recorded
+    return np.full((len(completions), length, *layers_and_k), -1, recorded.dtype), prompts

@@ -25,6 +25,7 @@ class Prefilled:
     length: int
     pages: list[int]
     last: tuple[jax.Array, int] | None = None  # hidden states and the row; None: not yet computed
+    experts: np.ndarray | None = None  # of its tokens, where they are recorded
 
 
 @dataclass
@@ -244,6 +245,8 @@ class Scheduler:
         sample.slot = at * len(shard.slots) + local
         sample.pages, sample.length = pages, context.length
         sample.queue_seconds += time.monotonic() - sample.waiting_since
+        if context.experts is not None and sample.prompt_experts is None:
+            sample.prompt_experts = context.experts[: len(sample.request.prompt)]
         shard.slots[local] = sample
         return Start(sample, context.last, copy)
 

@@ -23,16 +23,18 @@ class Tokens(NamedTuple):
     entropy: Float[np.ndarray, " T"]
     policy_version: Int[np.ndarray, " T"]
     kept_count: Int[np.ndarray, " T"]
+    experts: Int[np.ndarray, "T layers k"]
 
     def first(self, count: int) -> "Tokens":
         return Tokens(*(leaf[:count] for leaf in self))
 
 
-def no_tokens(top_k: int) -> Tokens:
+def no_tokens(top_k: int, routed: tuple[int, int] = (0, 0)) -> Tokens:
+    """No tokens as they are recorded: with `top_k` ids, and `routed` layers and experts a token."""
     ids, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
     stored = np.zeros((0, top_k))
     topk = stored.astype(np.int32), stored.astype(np.float32)
-    return Tokens(ids, floats, *topk, floats, ids, ids)
+    return Tokens(ids, floats, *topk, floats, ids, ids, np.zeros((0, *routed), np.int8))
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Unfinished:
     sampling: SamplingParams
     so_far: Tokens
     timings: Timings
+    prompt_experts: Int[np.ndarray, "L layers k"] | None
 
 
 @dataclass(eq=False)
@@ -78,6 +81,7 @@ class Sample:
     index: int
     drawn: list[Tokens]
     waiting_since: float
+    prompt_experts: np.ndarray | None = None  # of its first computation, where they are recorded
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -121,7 +125,10 @@ class Sample:
         if stopped or self.remaining == 0:
             reason = FINISH_STOP if stopped else FINISH_LENGTH
             completion = Completion(
-                **self.so_far()._asdict(), finish_reason=reason, timings=self.timings
+                **self.so_far()._asdict(),
+                prompt_experts=self.prompt_experts,
+                finish_reason=reason,
+                timings=self.timings,
             )
         return Event(self.request.id, self.index, new, completion)
 
@@ -141,9 +148,8 @@ class Sample:
         return next(count for count in range(before + 1, len(tokens) + 1) if found(count))
 
 
-def refusal(request: int, sample: int, top_k: int, reason: str) -> Event:
+def refusal(request: int, sample: int, nothing: Tokens, reason: str) -> Event:
     """The event of a sample that cannot be drawn."""
-    nothing = no_tokens(top_k)
     completion = Completion(
         **nothing._asdict(),
         finish_reason=FINISH_LENGTH,
