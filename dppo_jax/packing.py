@@ -116,9 +116,15 @@ def take(rows: Any, of: Plan, index: int | Int[Array, ""], budget: Budget) -> An
 
     def placed(rollout: Rollout) -> Rollout:
         real = (sequences >= 0)[:, None]
+
+        def recorded(experts):
+            return None if experts is None else jnp.where(real[..., None, None], experts, -1)
+
         fields = vars(rollout) | dict(
             prompt_mask=rollout.prompt_mask & real,
             response_mask=rollout.response_mask & real,
+            prompt_experts=recorded(rollout.prompt_experts),
+            experts=recorded(rollout.experts),
             packing=Packing(row, start, budget.rows, budget.columns),
         )
         return Rollout(**fields)

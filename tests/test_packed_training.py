@@ -184,6 +184,24 @@ def test_scores_of_packed_sequences(small):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_places_without_a_sequence_replay_nothing():
+    """So that no choice of another sequence is counted there."""
+    rollout = made_batch().rollout
+    prompts, answers = rollout.prompt_mask.shape, rollout.response_mask.shape
+    rollout = dataclasses.replace(
+        rollout,
+        prompt_experts=jnp.zeros((*prompts, 1, 2), jnp.int8),
+        experts=jnp.zeros((*answers, 1, 2), jnp.int8),
+    )
+    budget = packing.budget_of(21, rollout)
+    of = packing.plan_of(rollout, budget)
+    taken = packing.take(rollout, of, 0, budget)
+    inside = np.asarray(of.sequences[0] >= 0)
+    assert not inside.all()
+    for recorded in (taken.prompt_experts, taken.experts):
+        assert (np.asarray(recorded) == np.where(inside, 0, -1)[:, None, None, None]).all()
+
+
 def test_what_packing_does_not_go_with(small):
     model, _ = small
 
