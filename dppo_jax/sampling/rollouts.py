@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dppo_jax.models.decoder import Model, Params
-from dppo_jax.multihost import to_global_rows, to_local_rows
+from dppo_jax.multihost import everywhere, split_rows, to_global_rows, to_local_rows
 from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Prompts, Rollout
 from dppo_jax.sampling.engine import Engine, EngineConfig
@@ -93,12 +93,11 @@ class Continuous:
     """The engine of `sampling.engine`: a slot whose response ends is given to the next.
 
     Each sample has a seed of its own, so that its tokens depend neither on the batch that it shares
-    nor on how a step is divided. Made by `continuous`.
+    nor on how a step is divided. Of several processes each schedules all prompts alike, and keeps
+    the responses to its own. Made by `continuous`.
     """
 
     def __init__(self, context: RolloutContext, config: EngineConfig):
-        if jax.process_count() > 1:
-            raise ValueError("continuous() samples in one process: bind rollouts = @Lockstep")
         sized(config, context.settings, context.max_prompt_tokens)
         self._context, self._config = context, config
         self._engines: dict[tuple, Engine] = {}
@@ -130,11 +129,15 @@ class Continuous:
     ) -> Rollout:
         """See `RolloutSource`."""
         mesh = self._context.mesh
-        asked = prompt_ids(prompts, mesh)
+        tokens, mask = everywhere(prompts.tokens), everywhere(prompts.mask)
+        asked = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
         sampling = [request_of(settings, key, first + place) for place in range(len(asked))]
         engine = self.engine(params, settings)
         groups = engine.generate(params, asked, sampling, policy_version=version)
-        return from_completions(prompts, [c for group in groups for c in group], settings, mesh)
+        rows = batch_sharding(mesh)
+        own = to_local_rows(split_rows(np.arange(len(asked)), rows), rows)
+        completions = [c for place in own for c in groups[place]]
+        return from_completions(prompts, completions, settings, mesh)
 
 
 def sized(config: EngineConfig, settings: SamplingConfig, max_prompt_tokens: int) -> EngineConfig:

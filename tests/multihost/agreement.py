@@ -9,7 +9,12 @@ import jax
 import numpy as np
 
 from dppo_jax import clusters, hosts, multihost
-from dppo_jax.sharding import MeshConfig, batch_sharding
+from dppo_jax.models.decoder import DecoderConfig, Model
+from dppo_jax.records import Prompts
+from dppo_jax.sampling.engine import EngineConfig
+from dppo_jax.sampling.generate import SamplingConfig
+from dppo_jax.sampling.rollouts import Continuous, RolloutContext
+from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
 
 
 def refused(call, *arguments) -> str:
@@ -38,6 +43,42 @@ def round_trip(sizes: dict[str, int]) -> dict:
     }
 
 
+def drawn_by_engine() -> dict:
+    """Eight responses by continuous batching, four slots over all devices; whole, and this part."""
+    mesh = MeshConfig(fsdp=-1).build()
+    model = Model(
+        DecoderConfig(
+            vocab_size=16, width=8, layers=1, heads=2, kv_heads=2, head_size=4, mlp_width=8
+        )
+    )
+    params = jax.jit(model.init, out_shardings=shardings_of(model.logical_axes, mesh))(
+        jax.random.key(0)
+    )
+    settings = SamplingConfig(
+        max_new_tokens=6, samples_per_prompt=2, top_k_capture=2, end_ids=(3, 5)
+    )
+    engine = EngineConfig(slots=4, max_context=16, chunk=3, page_size=16, prefix_cache=False)
+    source = Continuous(RolloutContext(model, mesh, Speechless(), 3, settings), engine)
+    share, rows = multihost.row_share(mesh), batch_sharding(mesh)
+    own = slice(share.index * 4 // share.count, (share.index + 1) * 4 // share.count)
+    tokens, mask = np.arange(12, dtype=np.int32).reshape(4, 3), np.ones((4, 3), bool)
+    prompts = Prompts(*multihost.to_global_rows((tokens[own], mask[own]), rows))
+    with jax.set_mesh(mesh):
+        drawn = source.rollout(params, prompts, jax.random.key(1), settings)
+    return {
+        "tokens": multihost.everywhere(drawn.response_tokens).tolist(),
+        "logp": multihost.everywhere(drawn.logp_rollout).tolist(),
+        "own": multihost.to_local_rows(drawn.response_tokens, rows).tolist(),
+    }
+
+
+class Speechless:
+    """As much of a tokenizer as the engine holds."""
+
+    def decode(self, ids) -> str:
+        return ""
+
+
 def main(process: int, port: str, folder: Path) -> None:
     hosts.start(clusters.Cluster(f"127.0.0.1:{port}", 2, process, 120.0))
     found: dict = {"said": [hosts.exchange("word", w) for w in ("ab"[process], "cd"[process])]}
@@ -56,6 +97,7 @@ def main(process: int, port: str, folder: Path) -> None:
             "tensor": dict(fsdp=1, tensor=4),
         }.items()
     }  # fmt: skip
+    found["engine"] = drawn_by_engine()
     found["same"] = refused(hosts.check_same, hosts.code_facts())
     found["other"] = refused(hosts.check_same, {"jax": "1", "configuration": "xy"[process]})
     found["shared"] = refused(hosts.check_shared, folder / "new" / "run")

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import agreement
+import numpy as np
 import pytest
 
 import launch
@@ -178,6 +180,7 @@ def test_processes_agree(tmp_path):
     commands = [[HERE / "agreement.py", i, port, tmp_path] for i in range(2)]
     ended = launch.ends(launch.start(commands, launch.environment(2), [HERE] * 2))
     found = [json.loads(e.out.splitlines()[-1]) for e in ended]
+    alone = agreement.drawn_by_engine()
     for here, each in enumerate(found):
         assert each["said"] == [["a", "b"], ["c", "d"]]
         assert each["made"] and each["any"] == [False, True]
@@ -194,6 +197,9 @@ def test_processes_agree(tmp_path):
         assert tensor["whole"] == list(range(8)) and tensor["parts"] == [0]
         for rows in (split, both, tensor):
             assert rows["back"] and rows["back_from_copies"]
+        assert each["engine"]["tokens"] == alone["tokens"]
+        assert each["engine"]["own"] == alone["tokens"][here * 4 : here * 4 + 4]
+        np.testing.assert_allclose(each["engine"]["logp"], alone["logp"], atol=1e-5)
     # an error of one process ends both, with its own status and words
     assert [e.status for e in ended] == [2, 2]
     assert ended[1].told == ["dppo: the verifier's server did not start"]
