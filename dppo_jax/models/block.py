@@ -43,7 +43,7 @@ def norm_scale(config: DecoderConfig, size: int):
 def gathered(param: nnx.Param) -> Array:
     """A parameter for use: whole along `embed`, which only its storage splits (FSDP).
 
-    In the decode view it stays as it is stored. An integer one (`rollout_policy.int8_weights`) is
+    In the decode view it stays split. An integer one (`rollout_policy.int8_weights`) is
     made floating point here, where it is used: compilers fuse that into the product that reads it.
     """
     value = param[...]

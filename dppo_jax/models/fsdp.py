@@ -53,7 +53,7 @@ def with_whole(
 ) -> Shaped[Array, "N ..."]:
     """function(x, weight), token by token, the weight whole along what only its storage splits.
 
-    `axes` are the weight's logical axes. In the decode view it stays as it is stored.
+    `axes` are the weight's logical axes. In the decode view it stays split.
     """
     mesh = jax.sharding.get_abstract_mesh()
     tokens = axes_of("tokens", mesh, "compute")

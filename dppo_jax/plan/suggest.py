@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def suggestions(
         return Suggestion(change.option, found, fits, hbm)
 
     solved = False
-    for of, changes in _knobs(plan, set(failed)):
+    for of, changes in _knobs(plan, set(failed), fitting):
         names = [name for name in failed if name in of]
         least = {name: failed[name] for name in names}
         for change in changes:
@@ -93,8 +93,13 @@ def suggestions(
             yield found
 
 
-def _knobs(plan: StepPlan, failed: set[str]) -> Iterator[tuple[set[str], Iterator[_Change]]]:
-    """The programs that a knob is for, and its settings, weaker ones first."""
+def _knobs(
+    plan: StepPlan, failed: set[str], fitting: Mapping[str, _Change]
+) -> Iterator[tuple[set[str], Iterator[_Change]]]:
+    """The programs that a knob is for, and its settings, weaker ones first.
+
+    `fitting`, which grows meanwhile, are those that fit by a knob before.
+    """
     s = plan.settings
     trains, samples = failed & {"update"}, failed & SAMPLING
     engine = engine_of(s.rollouts)
@@ -120,7 +125,7 @@ def _knobs(plan: StepPlan, failed: set[str]) -> Iterator[tuple[set[str], Iterato
             name = "sharding.MeshConfig"
             option = f"{fewer} --gin.{name}.{axis}={more}"
             yield failed, _once(f"{name}.fsdp", option, mesh=mesh)
-    if failed - {"update"}:
+    if failed - {"update"} - fitting.keys():  # which is another run
         yield failed - {"update"}, _series("prompts_per_step", s.prompts_per_step, more=False)
 
 
