@@ -37,11 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Libraries below warn about what a user cannot change; our own words go through Console.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    status = 0
     try:
         if command.cluster_of(options) and SUPERVISED not in os.environ:
-            sys.exit(supervise(given, debug=options.debug))
-        options.verb(options)
-        _finish()
+            status = supervise(given, debug=options.debug)
+        else:
+            options.verb(options)
+            _finish()
+    except SystemExit as end:  # at a plain exit here the other processes would wait for ever
+        cause = "as where nobody reads standard output any more"
+        _fail(f"stopped by exit({end.code}), {cause}", EXIT_FAILED)
     except Failure as failure:
         _fail(str(failure), EXIT_FAILED)
     except Preempted as stopped:
@@ -64,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not bad_input:
             message = f"{type(error).__name__}: {message} (--debug shows where)"
         _fail(message, EXIT_BAD_INPUT if bad_input else EXIT_FAILED)
+    if status:
+        sys.exit(status)
 
 
 def _fail(message: str, status: int) -> None:

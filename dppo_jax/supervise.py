@@ -4,12 +4,14 @@ When another process dies, JAX's client aborts this one from a thread of its own
 trace; no handler in the process can put that into words, so its parent does. It imports no jax.
 """
 
+import contextlib
 import ctypes
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from typing import IO
 
@@ -22,6 +24,7 @@ _NOISE = re.compile(
     r"|This suggests that|\*\*\* Check failure|    @ +0x|=== Source Location|external/xla"
     r"|\[Gloo\] Rank|The tasks have crashed|\d*\s*$"
 )
+_GLOO = re.compile(r".*(\[Gloo\] Rank|peer ranks)")  # on standard output; of threads, in pieces
 _LOST = re.compile(r"Task (\d+) heartbeat timeout|stopped sending heartbeats\):\n(\d+)\n")
 
 
@@ -34,6 +37,7 @@ def supervise(arguments: Sequence[str], *, debug: bool = False) -> int:
     child = subprocess.Popen(
         [sys.executable, "-m", "dppo_jax", *arguments],
         env=os.environ | {SUPERVISED: "1"},
+        stdout=None if sys.stdout.isatty() else subprocess.PIPE,  # a terminal's lines are redrawn
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
@@ -43,24 +47,33 @@ def supervise(arguments: Sequence[str], *, debug: bool = False) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: child.send_signal(number))
     assert child.stderr is not None
-    hidden = _copy(child.stderr, debug)
+    out = threading.Thread(target=_copy, args=(child.stdout, sys.stdout, _GLOO, debug), daemon=True)
+    if child.stdout is not None:
+        out.start()
+    hidden = _copy(child.stderr, sys.stderr, _NOISE, debug)
     status = child.wait()
+    if child.stdout is not None:
+        out.join()
     if status >= 0:
         return status
     print(f"dppo: {_explained(-status, hidden)}", file=sys.stderr)
     return 1
 
 
-def _copy(stream: IO[str], debug: bool) -> str:
-    """Passes the child's lines on as they come, without JAX's own; returns JAX's own."""
+def _copy(stream: IO[str], out: IO[str], noise: re.Pattern[str], debug: bool) -> str:
+    """Passes the child's lines on as they come, without JAX's own; returns JAX's own.
+
+    Where nobody reads any more the child's next line fails, as it would without a parent.
+    """
     hidden = []
-    for line in stream:
-        if _NOISE.match(line):
-            hidden.append(line)
-            if not debug:
-                continue
-        sys.stderr.write(line)
-        sys.stderr.flush()
+    with stream, contextlib.suppress(BrokenPipeError):
+        for line in stream:
+            if noise.match(line):
+                hidden.append(line)
+                if not debug:
+                    continue
+            out.write(line)
+            out.flush()
     return "".join(hidden)
 
 

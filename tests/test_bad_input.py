@@ -218,6 +218,13 @@ def check(tokenizer, sizes, **change):
     check_sizes(**sized, tokenizer=tokenizer, mesh=mesh)
 
 
+def test_an_exit_is_a_failure_of_all(dppo, monkeypatch):
+    """Rich exits where nobody reads standard output; other processes would wait for this one."""
+    monkeypatch.setattr("dppo_jax.verbs.methods._methods", lambda _: exit(1))
+    done = dppo("methods")
+    assert done.status == 1 and done.err.startswith("dppo: stopped by exit(1)")
+
+
 def test_meshes_that_fit(tokenizer):
     for sizes in ({}, dict(data=2, fsdp=4, tensor=2), dict(fsdp=8), dict(data=16)):
         check(tokenizer, sizes)
