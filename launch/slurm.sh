@@ -9,7 +9,8 @@
 # launch/Dockerfile with EXTRA=cuda13) the .venv of this repository is used; with it --mount names what
 # a recipe reads beside, such as its HF_DIR. Slurm warns five minutes before the time is over; the run
 # then stops behind a checkpoint and is queued again, as after a preemption, until it is complete.
-# Tokens stay in the environment, which sbatch hands on.
+# Tokens stay in the environment, which sbatch hands on; Slurm's controller itself keeps the
+# environment of a job while it has the job, for root alone.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/pods.sh"
