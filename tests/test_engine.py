@@ -16,7 +16,7 @@ from dppo_jax.models.decoder import Model, full_forward
 from dppo_jax.models.llama2c import read_llama2c
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP
 from dppo_jax.sampling.engine import Engine, EngineConfig
-from dppo_jax.sampling.engine_inputs import Shape, empty_calls, prefill_calls
+from dppo_jax.sampling.engine_inputs import Shape, empty_calls, prefill_calls, view_widths
 from dppo_jax.sampling.paged_cache import restored, rounded
 from dppo_jax.sampling.pages import Pages
 from dppo_jax.sampling.requests import SamplingParams
@@ -389,3 +389,10 @@ def test_a_real_model_tells_its_story(shared_data):
     [[story]] = engine.generate(params, [[golden["bos"]]], sampling)
     assert story.tokens.tolist() == golden["greedy_ids"][1:]
     np.testing.assert_allclose(story.logp, golden["greedy_logprobs_float64"], atol=3e-5)
+
+
+def test_widths_of_a_view():
+    """A slot reads at most half as many pages again as the longest has, or the next after two."""
+    assert view_widths(1) == [1] and view_widths(5) == [1, 2, 3, 4, 5]
+    assert view_widths(17) == [1, 2, 3, 4, 6, 8, 12, 16, 17]
+    assert view_widths(24)[-2:] == [16, 24]

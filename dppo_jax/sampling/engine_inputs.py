@@ -96,8 +96,9 @@ class SlotRows:
 
 
 def view_widths(most: int) -> list[int]:
-    """Pages a slot that the decoding loop is compiled for: 1, 2, 4, ... `most`."""
-    return [*(2**i for i in range((most - 1).bit_length())), most]
+    """Pages a slot that the decoding loop is compiled for: 1, 2, 3, 4, 6, 8, 12, ... `most`."""
+    steps = sorted({1} | {step << i for step in (2, 3) for i in range(most.bit_length())})
+    return [*(step for step in steps if step < most), most]
 
 
 class Call(NamedTuple):
