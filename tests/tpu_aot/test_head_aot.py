@@ -60,6 +60,25 @@ def test_on_a_mesh_no_logit_crosses_and_the_matrix_is_gathered_once():
         assert found["loops"] and not found["whole_logits"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_vocabulary_parallel_needs_a_tenth_of_the_logits_memory(topology):
+    """The vocabulary over all devices of four chips, forward and backward in both forms."""
+    paths = [str(Path(__file__).parent.parent.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "compile_sharded_head.py", topology],
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 2 * len(SHAPES)
+    for row in found:
+        print(row)
+        assert row["devices"] >= 4 and 0 < row["temporary_share"] <= LARGEST_SHARE
+
+
 def test_names_are_checked_before_anything_is_compiled():
     with pytest.raises(ValueError, match="unknown chip 'v9'; known: v4, v5e"):
         compile_table(("v9",))
