@@ -20,6 +20,7 @@ def spread(settings: Settings, chips: int) -> Settings:
 
     Where there are more chips than prompts in a gradient step, the columns of a sequence are split
     further; where fewer, as many microbatches as leave each group of chips one prompt at a time.
+    Where a rollout batch has too few prompts for all of them, there are fewer, larger ones.
     """
     s, mesh = settings, settings.mesh
     prompts = s.prompts_per_step // s.minibatches
@@ -32,7 +33,10 @@ def spread(settings: Settings, chips: int) -> Settings:
             f"{mesh.tensor} x expert={mesh.expert}: choose other slices, or another mesh"
         )
     mesh = dataclasses.replace(mesh, data=1, fsdp=rows // mesh.expert, sequence=sequence)
-    return dataclasses.replace(s, mesh=mesh, microbatches=prompts // rows)
+    batches = s.rollout_batches
+    while s.prompts_per_step // batches % rows and batches % 2 == 0:
+        batches //= 2
+    return dataclasses.replace(s, mesh=mesh, microbatches=prompts // rows, rollout_batches=batches)
 
 
 def scale(
