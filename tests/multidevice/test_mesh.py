@@ -79,7 +79,10 @@ def test_adapters_step_as_on_one_device(found):
     assert fractions["['blocks']['q_lora_b']"] == fractions["['blocks']['o_lora_a']"] == 1 / 2
 
 
-@pytest.mark.parametrize("recipe, steps", [("toy_recipe", 3), ("every_term_recipe", 2)])
+@pytest.mark.parametrize(
+    "recipe, steps",
+    [("toy_recipe", 3), pytest.param("every_term_recipe", 2, marks=pytest.mark.slow)],
+)
 def test_eight_devices_train_as_one(dppo, request, recipe, steps, tmp_path):
     """The same draws, losses to 1e-4, over three steps of two gradient steps; also with a critic,
     its optimizer, a reference, and terms of entropy and KL."""
