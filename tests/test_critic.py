@@ -214,6 +214,7 @@ def test_eval_reads_the_policy_beside_a_critic(dppo, run, every_term_recipe):
     assert json.loads(done.out)["sets"] == after
 
 
+@pytest.mark.slow
 def test_dvpo_runs(dppo, toy_recipe, tmp_path):
     path = tmp_path / "dvpo.gin"
     path.write_text(
