@@ -76,6 +76,13 @@ def matmul_peak(repeats: int = 10, dtype: str = "float32") -> float:
     return 2 * size**3 / min(seconds_of(lambda: product(a), repeats))
 
 
+def mesh_of_copies(data: int) -> Mesh:
+    """All devices, `data` copies of the parameters on them; 0: one on each of a CPU, else one."""
+    if data == 0:
+        data = jax.device_count() if jax.default_backend() == "cpu" else 1
+    return MeshConfig(data=data).build()
+
+
 def bench_step(
     *,
     vocab: int,
@@ -138,9 +145,7 @@ def bench_step(
         max_new_tokens=response_length, samples_per_prompt=samples, top_k_capture=top_k
     )
     settings.check(vocab)
-    if data == 0:
-        data = jax.device_count() if jax.default_backend() == "cpu" else 1
-    mesh = MeshConfig(data=data).build()
+    mesh = mesh_of_copies(data)
     check_divides(mesh, "batch", {"prompts / microbatches": prompts // microbatches})
     peak_before = matmul_peak()
     with jax.set_mesh(mesh):

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppo_jax.bench import forward_flops, matmul_peak, seconds_of
+from dppo_jax.bench import forward_flops, matmul_peak, mesh_of_copies, seconds_of
 from dppo_jax.console import Console
 from dppo_jax.models.decoder import DecoderConfig, Model, Params
 from dppo_jax.sampling.engine import Engine, EngineConfig
 from dppo_jax.sampling.paged_cache import storage_dtype
 from dppo_jax.sampling.requests import SamplingParams
-from dppo_jax.sharding import MeshConfig, shardings_of
+from dppo_jax.sharding import shardings_of
 
 STREAM_BYTES = 2**28  # read and written by the measurement of the bandwidth
 
@@ -145,9 +145,7 @@ def bench_sample(
     shape = PRESETS[preset]
     config = DecoderConfig(vocab_size=shape.vocab, **shape.model, qk_norm=True, dtype=dtype)
     model = Model(config)
-    if data == 0:
-        data = jax.device_count() if jax.default_backend() == "cpu" else 1
-    mesh = MeshConfig(data=data).build()
+    mesh = mesh_of_copies(data)
 
     def made(key):
         return jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(key))

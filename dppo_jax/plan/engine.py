@@ -76,7 +76,12 @@ class _Engine:
 
     def _prefill(self, name: str, arrays: dict[str, Any], runs: int) -> Program:
         c = self._config
-        sizes = dict(model=self._model, max_context=c.max_context, cache_dtype=c.cache_dtype)
+        sizes = dict(
+            model=self._model,
+            max_context=c.max_context,
+            cache_dtype=c.cache_dtype,
+            record_experts=c.record_experts,
+        )
         given = self._step.sampled_with, self._pages
         waiting = self._step.while_sampling + bytes_of(self._hidden)
         keywords = arrays | sizes

@@ -137,7 +137,7 @@ class Engine:
                 s.so_far(),
                 s.timings,
                 s.prompt_experts,
-            )  # fmt: skip
+            )
             for s in self._scheduler.remove(request)
         ]
 

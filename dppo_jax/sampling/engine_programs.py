@@ -96,7 +96,7 @@ def prefill(
     model: Model,
     max_context: int,
     cache_dtype: str,
-    record_experts: bool = False,
+    record_experts: bool,
 ) -> tuple[list[LayerPages], Float[Array, "N D"], Int[Array, "N L layers k"] | None]:
     """Writes the keys and values of `tokens` to pages `to`; the last token's hidden state, and the
     experts of all where they are asked.
@@ -290,8 +290,8 @@ def decode_chunk(
         ),
     )
     new_pages = form.finish(pages, p.states, p.counts)
-    by_slot = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (p.record, p.experts))
-    found = Chunk(by_slot[0], by_slot[1], p.counts, p.stopped, p.step)
+    drawn, routed = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (p.record, p.experts))
+    found = Chunk(drawn, routed, p.counts, p.stopped, p.step)
     with viewed("decode"):
         hidden = constrain(p.hidden, "tokens", "width")
     return new_pages, hidden, jax.tree.map(constrain, found)  # whole, for the host

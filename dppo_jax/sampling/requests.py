@@ -82,7 +82,7 @@ class Completion:
     timings: Timings
     # Where the engine replays truncated sampling: of topk_ids, how many could be drawn; else 0.
     kept_count: Int[np.ndarray, " T"] | None = None
-    # Where the engine records experts: of each token, and of the prompt's; else of no layer.
+    # The experts of each token, and of the prompt's: of no layer, and None, where not recorded.
     experts: Int[np.ndarray, "T layers k"] | None = None
     prompt_experts: Int[np.ndarray, "L layers k"] | None = None
     error: str | None = None  # why the request was refused, in one line; then there are no tokens

@@ -266,7 +266,7 @@ def _room_for_experts(
     """
     first = completions[:: len(completions) // len(prompt_mask)]
     of_prompts = [c.prompt_experts for c in first if c.prompt_experts is not None]
-    if len(of_prompts) < len(first):
+    if len(of_prompts) < len(first) or any(c.experts is None for c in completions):
         raise ValueError(
             "the sampler does not record experts: set routing to 'native' or 'replay_trainer', "
             "or bind rollouts = @Lockstep"

@@ -92,6 +92,7 @@ def main(topology: str, layers: int, names: list[str]) -> dict:
             model=model,
             max_context=CONTEXT,
             cache_dtype="model",
+            record_experts=False,
         ),
     }
     chip = CHIPS[topology.split(":")[0]]
