@@ -1,6 +1,9 @@
 """The mixture of experts against a dense form that runs every expert on every token."""
 
 import dataclasses
+import itertools
+import math
+import re
 from functools import partial
 
 import jax
@@ -10,7 +13,12 @@ import pytest
 
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model
-from dppo_jax.models.grouped import gradient_by_expert, grouped_product
+from dppo_jax.models.grouped import (
+    gradient_by_expert,
+    gradient_in_turn,
+    grouped_product,
+    product_in_batches,
+)
 from dppo_jax.models.moe import Load, Routing, expert_mlps, route
 from dppo_jax.objectives import dppo_binary_tv
 from dppo_jax.optimizer import adamw
@@ -160,8 +168,9 @@ def test_the_update_balances_the_load():
 
 
 @pytest.mark.parametrize("sizes", [(40, 0, 61, 20), (0, 0, 0, 130), (0, 0, 0, 0)])
-def test_products_of_experts_in_a_cpus_blocks(sizes):
-    """Blocks that run into the next expert's rows, experts of several and of none; bfloat16 too."""
+def test_products_of_experts_in_blocks(sizes):
+    """A CPU's, which run into the next expert's rows, and a GPU's, which are padded; experts of
+    several blocks and of none; bfloat16 too."""
     rows, ends = 140, np.cumsum([0, *sizes])
     x = jax.random.normal(jax.random.key(0), (rows, 6)).at[ends[-1] :].set(jnp.nan)
     weight = jax.random.normal(jax.random.key(1), (len(sizes), 6, 5))
@@ -173,11 +182,18 @@ def test_products_of_experts_in_a_cpus_blocks(sizes):
         @jax.jit
         def of(x, weight, d_out):
             out, back = jax.vjp(product, x, weight)
-            return out, *back(d_out)
+            on_gpu = (
+                product_in_batches(x, weight, product.keywords["sizes"]),
+                product_in_batches(d_out, weight, product.keywords["sizes"], turned=True),
+                gradient_in_turn(x, d_out, product.keywords["sizes"]),
+            )
+            return (out, *back(d_out)), on_gpu
 
-        found = [np.asarray(leaf, np.float32) for leaf in of(*given)]
+        each = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), of(*given))
         x_, w_, d_ = (np.asarray(leaf, np.float32) for leaf in given)
-        for e, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        for found, (e, start, end) in itertools.product(
+            each, zip(range(len(sizes)), ends[:-1], ends[1:], strict=True)
+        ):
             mine = slice(start, end)
             for ours, theirs in (
                 (found[0][mine], x_[mine] @ w_[e]),
@@ -186,6 +202,26 @@ def test_products_of_experts_in_a_cpus_blocks(sizes):
             ):
                 largest = max(1.0, np.max(np.abs(theirs), initial=0.0))
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * largest)
+
+
+def test_on_a_gpu_nothing_is_as_large_as_rows_times_experts():
+    """Of a layer as it is lowered for CUDA, forward and backward: no product of XLA's own for
+    experts, which it makes of masked copies, and no array beyond padded rows and the gradient."""
+    rows, width, mlp, experts = 1024, 256, 64, 32
+    x, d_out = (jax.ShapeDtypeStruct((rows, n), jnp.bfloat16) for n in (width, mlp))
+    weight = jax.ShapeDtypeStruct((experts, width, mlp), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+
+    def both(x, weight, sizes, d_out):
+        out, back = jax.vjp(lambda x, w: grouped_product(x, w, sizes), x, weight)
+        return out, *back(d_out)
+
+    lowered = jax.jit(both).trace(x, weight, sizes, d_out).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert "ragged_dot" not in text and text.count("dot_general") == 3
+    shapes = re.findall(r"tensor<((?:\d+x)+)(bf16|f32|i32)>", text)
+    largest = max(math.prod(map(int, dims.rstrip("x").split("x"))) for dims, _ in shapes)
+    assert largest == max(experts * width * mlp, 2 * rows * width)
 
 
 @pytest.mark.parametrize("rows", [128, 150])

@@ -126,11 +126,4 @@ def _step(plan: StepPlan, price: float | None) -> list[str]:
             f"fusions are not in it. Links are\nNVLink's in a node of {node.devices}, and "
             f"{node.network_bytes / 1e9:g} GB/s a card between nodes."
         )
-        if s.model.experts:
-            lines.append(
-                "Products of experts are counted as grouped ones. XLA for NVIDIA GPUs (jaxlib "
-                "0.10.2) has those behind\nxla_gpu_experimental_use_ragged_dot_fusion, but for "
-                "the gradients of weights; else every row is multiplied\nfor every expert, which "
-                "takes far more of everything."
-            )
     return lines
