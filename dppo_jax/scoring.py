@@ -158,7 +158,7 @@ def loss_and_score(
         soft_cap=model.config.final_soft_cap,
         stored_gradient=rollout.kept_count is not None,
         valid=valid,
-        layout=head_layout(),
+        layout=head_layout(len(hidden), decoder.config.vocab_size),
     )
     logp, entropy = (packing.back(leaf, rollout) for leaf in (terms.logp, terms.entropy))
     return total, _as_sampled(logp, entropy, rollout), routing
@@ -200,7 +200,7 @@ def _stats(
         soft_cap=decoder.config.final_soft_cap,
         # divergences are masks: no objective differentiates them; a normaliser is differentiated
         stored_gradient=rollout.kept_count is not None,
-        layout=head_layout(),
+        layout=head_layout(len(hidden), decoder.config.vocab_size),
     )
     logp = packing.back(out.logit_at - out.lse[:, None], rollout)
     stats = _as_sampled(logp, packing.back(out.entropy, rollout), rollout)
@@ -285,7 +285,7 @@ def last_layer(
             nothing,
             temperature=temperature / power,
             soft_cap=decoder.config.final_soft_cap,
-            layout=head_layout(),
+            layout=head_layout(len(hidden), decoder.config.vocab_size),
         ).lse
         for power in (1, 2, 3)
     )
@@ -318,7 +318,7 @@ def _exact(
     between = divergences(
         Policy(theirs, sampler.unembedding_matrix(), *transform),
         Policy(hidden, decoder.unembedding_matrix(), *transform),
-        layout=head_layout(),
+        layout=head_layout(len(hidden), decoder.config.vocab_size),
     )
     return _Exact(packing.back(between.tv, rollout), packing.back(between.kl, rollout))
 

@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.attention import EVERYTHING, Prefix, attention, soft_capped
-from dppo_jax.models.block import Block, in_use, norm_scale, normed, parameter
+from dppo_jax.models.block import Block, norm_scale, normed, parameter
 from dppo_jax.models.config import DecoderConfig
+from dppo_jax.models.fsdp import looked_up
 from dppo_jax.models.fused_attention import Columns, choose, row_attention
 from dppo_jax.models.moe import Experts, Load
 from dppo_jax.models.ring import split_attention
@@ -54,7 +55,8 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
         c = self.config
-        x = in_use(lambda ids, rows: rows[ids], tokens, self.embedding, jnp.float32).astype(c.dtype)
+        table = self.embedding[...].astype(jnp.float32)
+        x = looked_up(tokens, table, self.embedding.axes).astype(c.dtype)
         return x * jnp.asarray(c.width**0.5, c.dtype) if c.scaled_embeddings else x
 
     def unembedding_matrix(self) -> Float[Array, "V D"]:

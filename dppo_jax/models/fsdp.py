@@ -12,11 +12,12 @@ from collections.abc import Callable
 import jax
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from dppo_jax.sharding import axes_of, constrain, current_view, spec_of
 
 Axes = tuple[str | None, ...]
+_ALONG = "sequence"
 
 
 def stored_axes(axes: Axes, mesh: AbstractMesh) -> list[tuple[str, ...]]:
@@ -70,3 +71,39 @@ def with_whole(
         check_vma=False,
     )
     return run(x, weight)
+
+
+def looked_up(
+    ids: Int[Array, "*N"], table: Float[Array, "V D"], axes: Axes
+) -> Float[Array, "*N D"]:
+    """table[ids], `axes` being the table's logical axes.
+
+    Where the mesh splits the columns of sequences, none holds the whole table, or its gradient:
+    each device looks its neighbours' tokens up in its part of the width, and they exchange those.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    tokens = axes_of("tokens", mesh, "compute")
+    split = () if mesh.empty else stored_axes(axes, mesh)[1]
+    even = len(ids) % math.prod(mesh.shape[axis] for axis in tokens) == 0
+    if current_view() == "decode" or not even or _ALONG not in split:
+        return with_whole(lambda ids, rows: rows[ids], ids, table, axes)
+    others = tuple(axis for axis in split if axis != _ALONG)  # come first in the storage, too
+
+    def local(ids, part):
+        for axis in reversed(others):
+            part = lax.all_gather(part, axis, axis=1, tiled=True)
+        everyone = lax.all_gather(ids, _ALONG, tiled=True)
+        found = lax.all_to_all(part[everyone], _ALONG, split_axis=0, concat_axis=1, tiled=True)
+        blocks = math.prod(mesh.shape[axis] for axis in others)
+        found = found.reshape(len(ids), mesh.shape[_ALONG], blocks, -1)
+        return found.swapaxes(1, 2).reshape(len(ids), -1)
+
+    rows = PartitionSpec(tokens)
+    run = jax.shard_map(
+        local,
+        in_specs=(rows, PartitionSpec(None, split)),
+        out_specs=rows,
+        axis_names=set(mesh.axis_names) - {"tensor"},
+        check_vma=False,
+    )
+    return run(ids, table)

@@ -74,10 +74,15 @@ def main() -> list[dict]:
     for form in (single_pass, two_pass):
         differentiated = jax.value_and_grad(partial(form, ids=ids, rows=rows), (1, 2))
         value, grads = jax.jit(differentiated, static_argnums=0)(None, x, w)
-        for sizes in ((2, 2, 2), (1, 4, 2), (1, 1, 8), (8, 1, 1)):
-            mesh = MeshConfig(*sizes).build()
+        for sizes in (
+            dict(data=2, fsdp=2, tensor=2),
+            dict(fsdp=4, tensor=2),
+            dict(fsdp=2, sequence=4),  # whose devices share the vocabulary
+            dict(data=8, fsdp=1),
+        ):
+            mesh = MeshConfig(**sizes).build()
             with jax.set_mesh(mesh):
-                layout = head_layout()
+                layout = head_layout(len(x), len(w))
                 assert isinstance(layout, Layout)
                 stored = NamedSharding(mesh, layout.stored)
                 here = (

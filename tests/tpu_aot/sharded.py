@@ -21,7 +21,7 @@ TOKENS, WIDTH, VOCABULARY, COLUMNS = 4096, 512, 65536, 21  # the sampled token's
 def compiled(mesh, tokens, width, vocabulary, form):
     """A form's loss and both gradients on a mesh of a topology's devices."""
     with jax.set_mesh(mesh):
-        layout = head_layout()
+        layout = head_layout(tokens, vocabulary)
 
         def array(shape, dtype, spec):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
