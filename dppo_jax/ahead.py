@@ -1,7 +1,7 @@
 """Rollouts ahead of training: the next steps' are drawn while this one is trained on.
 
     train.train.async_depth = 1         # drawn with the parameters of the step before
-    train.train.sampler_devices = 4     # the first 4 devices sample, the others train
+    train.train.sampler_devices = 4     # of each host the first 4 sample (`elsewhere`)
 
 Step t trains on a rollout of version max(t - async_depth, 0), drawn with step t's own key and
 prompts: the numbers do not depend on what runs at the same time. A run that is resumed draws again
@@ -10,6 +10,7 @@ what was in flight, with the parameters that `rollout_policy.stale` keeps in the
 
 import collections
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from dppo_jax.answers import answer_metrics, everyones
@@ -26,11 +26,10 @@ from dppo_jax.collect import Asking, Collected, answers_later, prompts_of
 from dppo_jax.models.decoder import Params
 from dppo_jax.multihost import row_share, to_global_rows
 from dppo_jax.prompts.pipeline import PromptBatch, PromptIterator
-from dppo_jax.records import Prompts, Rollout
+from dppo_jax.records import Rollout
 from dppo_jax.rollout_policy import RolloutPolicy, State, chooser
-from dppo_jax.sampling.generate import SamplingConfig
-from dppo_jax.sampling.rollouts import RolloutContext, RolloutSource
-from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides
+from dppo_jax.sampling.rollouts import RolloutSource
+from dppo_jax.sharding import batch_sharding
 from dppo_jax.timing import Stopwatch
 
 # (rollout memory, parameters before a step, later step) -> what that step samples with, and its key
@@ -49,11 +48,12 @@ def foresight(policy: RolloutPolicy, key: Array) -> Foresee:
 
 
 class _Drawn(NamedTuple):
-    """A rollout with the seconds at which its drawing began and ended."""
+    """A rollout with the seconds at which its drawing began and ended, and its source's numbers."""
 
     rollout: Rollout
     began: float
     ended: float
+    numbers: dict[str, float]
 
 
 class _Flight(NamedTuple):
@@ -111,7 +111,7 @@ class AheadCollector:
             self._launch(*later(step), step)
         flight = self._flights.popleft()
         waited = time.monotonic()
-        rollout, began, ended = flight.drawn.result()
+        rollout, began, ended, told = flight.drawn.result()
         idle = {
             "time/trainer_idle": time.monotonic() - waited,
             "time/sampler_idle": max(0.0, began - self._ended) if self._ended else 0.0,
@@ -129,8 +129,11 @@ class AheadCollector:
         share = row_share(self._asking.mesh)
         graded = everyones(answers, self._asking.sampling.samples_per_prompt, share)
         rewards = to_global_rows(graded.rewards[share.index], batch_sharding(self._asking.mesh))
-        stale = float(version - self._version(version))
-        numbers = answer_metrics(graded) | idle
+        drawn_by = self._version(version)
+        versions = jnp.full_like(rollout.response_tokens, drawn_by)
+        rollout = dataclasses.replace(rollout, policy_version=versions)
+        stale = float(version - drawn_by)
+        numbers = answer_metrics(graded) | idle | told
         numbers |= {"staleness/mean": stale, "staleness/max": stale}
         numbers["prompts/consumed"] = self._asking.prompts_per_step
         clock.lap("rewards")
@@ -147,10 +150,9 @@ class AheadCollector:
         asked = prompts_of(batch, asking.mesh)
         drawn: Future[_Drawn] = Future()
 
-        def sample() -> Rollout:
-            rollout = self._source.rollout(params, asked, key, asking.sampling, version=version)
-            versions = jnp.full_like(rollout.response_tokens, version)
-            return dataclasses.replace(rollout, policy_version=versions)
+        apart = getattr(self._source, "elsewhere", False)
+        later = getattr(self._source, "begin", None) or functools.partial(_later, self._source)
+        sample = later(params, asked, key, asking.sampling, version=version)
 
         def follow(began: float, rollout: Rollout | None) -> None:
             try:
@@ -158,71 +160,19 @@ class AheadCollector:
                     before.exception()  # the engine does one thing at a time
                     began = time.monotonic()
                 rollout = jax.block_until_ready(sample() if rollout is None else rollout)
-                drawn.set_result(_Drawn(rollout, began, time.monotonic()))
+                told: dict[str, float] = getattr(self._source, "numbers", dict)()
+                drawn.set_result(_Drawn(rollout, began, time.monotonic(), told))
             except BaseException as error:  # told to whoever asks for the result
                 drawn.set_exception(error)
 
-        apart = getattr(self._source, "elsewhere", False)
         given = time.monotonic(), None if apart else sample()
         threading.Thread(target=follow, args=given, daemon=True).start()
         self._before = drawn
         self._flights.append(_Flight(step, begins, batch, drawn))
 
 
-class Elsewhere:
-    """A source whose work is done on devices of its own: weights go there, rollouts come back."""
-
-    elsewhere = True
-
-    def __init__(self, make: Any, context: RolloutContext, devices: list[Any]):
-        self._home, self._mesh = context.mesh, MeshConfig(fsdp=len(devices)).build(devices)
-        check_divides(self._mesh, "embed", {"width": context.model.config.width})
-        self._source = make(context._replace(mesh=self._mesh))
-        self._sent: tuple[list[Array], list[Array]] = ([], [])  # as they are at home, and there
-        self._one_at_a_time = threading.Lock()  # evaluation asks while a flight is drawn
-
-    def rollout(
-        self,
-        params: Params,
-        prompts: Prompts,
-        key: Array,
-        settings: SamplingConfig,
-        *,
-        first: int = 0,
-        version: int = 0,
-    ) -> Rollout:
-        """See `RolloutSource`; what is the same array as before is not sent again."""
-        check_divides(self._mesh, "batch", {"prompts of a rollout": len(prompts.tokens)})
-        with self._one_at_a_time, jax.set_mesh(self._mesh):
-            there = jax.device_put(prompts, batch_sharding(self._mesh))
-            key = jax.device_put(key, NamedSharding(self._mesh, PartitionSpec()))
-            rollout = self._source.rollout(
-                self._send(params), there, key, settings, first=first, version=version
-            )
-        return jax.device_put(rollout, batch_sharding(self._home))
-
-    def _send(self, params: Params) -> Params:
-        leaves, structure = jax.tree.flatten(params)
-        known = {id(old): new for old, new in zip(*self._sent, strict=True)}
-        sent = [
-            known[id(leaf)]
-            if id(leaf) in known
-            else jax.device_put(leaf, NamedSharding(self._mesh, leaf.sharding.spec))
-            for leaf in leaves
-        ]
-        self._sent = leaves, sent
-        return jax.tree.unflatten(structure, sent)
-
-
-def divide(devices: list[Any], sampler: int) -> tuple[list[Any], list[Any]]:
-    """The devices that sample and those that train; ValueError where one side has none."""
-    if sampler and jax.process_count() > 1:
-        raise ValueError("sampler_devices splits the devices of one process: leave it at 0")
-    if not 0 <= sampler < len(devices):
-        raise ValueError(
-            f"sampler_devices={sampler} of {len(devices)} devices: leave at least one to train"
-        )
-    return devices[:sampler], devices[sampler:]
+def _later(source: RolloutSource, *asked: Any, version: int) -> Callable[[], Rollout]:
+    return lambda: source.rollout(*asked, version=version)
 
 
 def check_ahead(

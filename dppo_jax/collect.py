@@ -155,6 +155,7 @@ class Collector:
         self._prompts.end_step()
         answers = together([part.answers for part in parts])
         numbers |= answer_metrics(together_graded([part.graded for part in parts]))
+        numbers |= getattr(self._source, "numbers", dict)()
         numbers["prompts/consumed"] = len(parts) * self._size
         on_devices = split_rows(rewards, batch_sharding(self._asking.mesh))
         examples = [example for part in parts for example in part.examples]

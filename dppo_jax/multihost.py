@@ -1,5 +1,6 @@
 """Rows and processes: which prompts are this one's, host-local rows to global arrays and back."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,18 +126,32 @@ def gather_parts(rows: np.ndarray, share: RowShare) -> np.ndarray:
     return _gathered(rows)[list(share.leaders)]
 
 
+@functools.cache
+def _speakers() -> tuple[Mesh, Any]:
+    """The last device of each process, and the program that tells each of them all.
+
+    It trains, whatever others do: nothing that is agreed waits for a rollout (`elsewhere.divide`).
+    """
+    last = {device.process_index: device for device in jax.devices()}
+    mesh = Mesh(np.array([last[process] for process in sorted(last)]), ("process",))
+    return mesh, jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
 def _gathered(array: np.ndarray) -> np.ndarray:
     """Every process's array [processes, ...], as bytes: JAX would make 32 bits of 64."""
-    octets = np.ascontiguousarray(array).reshape(*array.shape, 1).view(np.uint8)
-    every = np.ascontiguousarray(multihost_utils.process_allgather(octets))
-    return every.view(array.dtype)[..., 0]
+    octets = np.ascontiguousarray(array).reshape(1, *array.shape, 1).view(np.uint8)
+    mesh, tell = _speakers()
+    with jax.set_mesh(mesh):
+        own = jax.device_put(octets, mesh.local_devices[0])
+        each = NamedSharding(mesh, PartitionSpec("process"))
+        shape = (mesh.size, *octets.shape[1:])
+        every = tell(jax.make_array_from_single_device_arrays(shape, each, [own]))
+    return np.asarray(every.addressable_data(0)).view(array.dtype)[..., 0]
 
 
 def any_process(here: bool) -> bool:
     """True in every process where it is true in one; all must ask together."""
-    if jax.process_count() == 1:
-        return here
-    return bool(np.asarray(multihost_utils.process_allgather(np.array(here))).any())
+    return here if jax.process_count() == 1 else bool(_gathered(np.array(here)).any())
 
 
 def is_writer() -> bool:

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from dppo_jax.ahead import Elsewhere
 from dppo_jax.answers import Answers, answer_metrics, answers_of, everyones, together
 from dppo_jax.collect import Asking, Collected, prompts_of
 from dppo_jax.dynamic_sampling import DynamicSampling
+from dppo_jax.elsewhere import Elsewhere
 from dppo_jax.models.decoder import Params
 from dppo_jax.multihost import row_share, to_global_rows
 from dppo_jax.prompts.examples import Example

@@ -18,7 +18,7 @@ import optax
 
 from dppo_jax import lora_run
 from dppo_jax.advantages import Estimator, group_mean_baseline
-from dppo_jax.ahead import AheadCollector, Elsewhere, check_ahead, divide, foresight
+from dppo_jax.ahead import AheadCollector, check_ahead, foresight
 from dppo_jax.answers import log_samples
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
 from dppo_jax.checkpoint import Checkpoints, load_params, newest_step, save_params
@@ -27,6 +27,7 @@ from dppo_jax.collect import Asking, Collector
 from dppo_jax.console import Console
 from dppo_jax.critic import ValueHead, ValueModel
 from dppo_jax.dynamic_sampling import DynamicSampling
+from dppo_jax.elsewhere import Elsewhere, divide
 from dppo_jax.evaluate import (
     EvalSet,
     Evaluator,
@@ -116,7 +117,7 @@ def train(
     samples; it is asked in `rollout_batches` parts, each graded while the next is sampled, and with
     `dynamic_sampling` for more prompts where groups have no spread; with `partial_rollouts` what is
     unfinished goes on in the next step. With `async_depth` the next step is sampled during this one
-    by parameters so many steps old, with `sampler_devices` on so many devices of its own. A
+    by parameters so many steps old, with `sampler_devices` on so many devices of each host. A
     `reward_model` judges the training answers beside the verifier, those of no evaluation. A
     `workdir` that holds a run is resumed at its newest checkpoint. Evaluation over `eval_sets`
     (where None: the first `eval_prompts` of the data set's `eval_split`) happens before, every

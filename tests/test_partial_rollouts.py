@@ -10,8 +10,8 @@ import pytest
 from test_collect import Words
 from test_rollout_source import CONTINUOUS, numbers
 
-from dppo_jax.ahead import Elsewhere
 from dppo_jax.collect import Asking
+from dppo_jax.elsewhere import Elsewhere
 from dppo_jax.partial_rollouts import PartialCollector, PartialRollouts, check_partial
 from dppo_jax.prompts.examples import Example
 from dppo_jax.prompts.pipeline import PromptIterator

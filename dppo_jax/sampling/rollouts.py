@@ -33,7 +33,8 @@ class RolloutSource(Protocol):
 
     A source that computes on none of the trainer's devices, such as a client of another process,
     may say so by an attribute `elsewhere = True`: with `async_depth` a thread then asks it while
-    training goes on, one step after the other; an evaluation may ask at the same time.
+    training goes on, one step after the other; an evaluation may ask at the same time. What its
+    method `numbers()` gives, if it has one, is logged with each step.
     """
 
     def rollout(

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from dppo_jax.checkpoint import Checkpoints, load_params
+from dppo_jax.elsewhere import Transfer
 from dppo_jax.metrics import CompilationCounter
 from dppo_jax.models.decoder import DecoderConfig, Model
 from dppo_jax.models.lora import LoraConfig, LoraModel
@@ -84,6 +86,25 @@ def adapters_on(mesh) -> dict:
     }
 
 
+def sent_apart(samplers: int, trainers: int) -> list:
+    """A matrix and a scale to other devices: whether they are the same there and lie as asked,
+    whether they are not sent again, and bytes over those of one copy of the matrix."""
+    devices = jax.devices()
+    home = MeshConfig(fsdp=-1).build(devices[samplers : samplers + trainers])
+    there = MeshConfig(fsdp=-1).build(devices[:samplers])
+    spread = {"w": jax.P(None, "fsdp"), "scale": jax.P()}
+    given = {"w": np.arange(240.0).reshape(2, 120), "scale": np.float32(3)}
+    transfer = Transfer(home, there)
+    with jax.set_mesh(home):
+        at_home = {k: jax.device_put(x, NamedSharding(home, spread[k])) for k, x in given.items()}
+        sent, wait = transfer.send(at_home)
+        wait()
+        again, _ = transfer.send(at_home)
+    same = all((np.asarray(sent[name]) == given[name]).all() for name in given)
+    asked = all(sent[name].sharding == NamedSharding(there, spread[name]) for name in given)
+    return [same, asked, again["w"] is sent["w"], transfer.bytes // sent["w"].nbytes]
+
+
 def main(folder: Path) -> dict:
     mesh, model = MeshConfig(data=1, fsdp=4, tensor=2).build(), Model(CONFIG)
     optimizer = adamw(learning_rate=1e-3)
@@ -143,6 +164,7 @@ def main(folder: Path) -> dict:
         "response_rows": len(rollout.response_tokens.addressable_shards[0].data),
         "restored_elsewhere": all(same) and all(moved),
         "adapters": adapters_on(mesh),
+        "sent": [sent_apart(*sides) for sides in ((2, 6), (3, 5), (4, 2))],
     }
 
 

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dppo_jax import rollout_policy
-from dppo_jax.ahead import check_ahead, divide
+from dppo_jax.ahead import check_ahead
+from dppo_jax.elsewhere import divide
 
 pytestmark = pytest.mark.multidevice
 HERE = Path(__file__).parent
@@ -59,8 +61,9 @@ def found(toy_recipe, tmp_path_factory):
 
 def exactly(run):
     """Parameters, texts, evaluation and numbers of a run, without seconds and staleness."""
+    unlike = "time/", "staleness/", "weights/"
     lines = [
-        {name: x for name, x in line.items() if not name.startswith(("time/", "staleness/"))}
+        {name: x for name, x in line.items() if not name.startswith(unlike)}
         for line in run["metrics"]
     ]
     for line in lines:
@@ -72,7 +75,9 @@ def test_depth_0_on_other_devices_is_the_run_in_turn(found):
     """Weights go there and rollouts come back without the change of a bit."""
     assert len(found["in_turn"]["metrics"]) == 4
     assert exactly(found["apart"]) == exactly(found["in_turn"])
-    assert "staleness/max" not in found["apart"]["metrics"][0]
+    line = found["apart"]["metrics"][0]
+    assert "staleness/max" not in line
+    assert line["weights/bytes_sent"] > 0 < line["time/weight_transfer"]
 
 
 @pytest.mark.parametrize("name", ["ahead", "far"])
@@ -100,6 +105,7 @@ def test_bad_settings():
     with pytest.raises(ValueError, match="async_depth makes rollouts stale by itself"):
         check_ahead(1, None, 1, None, rollout_policy.chained([now, before]))
     check_ahead(0, object(), 2, None, before)
-    assert divide([1, 2, 3], 1) == ([1], [2, 3])
+    devices = [SimpleNamespace(id=i, process_index=i // 3) for i in range(6)]
+    assert [[d.id for d in side] for side in divide(devices, 1)] == [[0, 3], [1, 2, 4, 5]]
     with pytest.raises(ValueError, match="leave at least one to train"):
-        divide([1, 2], 2)
+        divide(devices, 3)

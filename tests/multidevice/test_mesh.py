@@ -55,6 +55,11 @@ def test_parameters_and_moments_are_sharded(found):
     assert found["response_rows"] == 16 // 4
 
 
+def test_weights_are_sent_to_any_number_of_devices(found):
+    """Once where the numbers divide, 6 to 2; 5 and 3 have no pieces in common, 2 and 4 have two."""
+    assert found["sent"] == [[True, True, True, times] for times in (1, 3, 2)]
+
+
 def test_a_step_keeps_every_sharding_and_type(found):
     for kind in ("shardings", "types"):
         first, *later = found[kind]

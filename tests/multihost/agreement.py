@@ -9,11 +9,12 @@ import jax
 import numpy as np
 
 from dppo_jax import clusters, hosts, multihost
+from dppo_jax.elsewhere import Elsewhere, divide
 from dppo_jax.models.decoder import DecoderConfig, Model
 from dppo_jax.records import Prompts
 from dppo_jax.sampling.engine import EngineConfig
 from dppo_jax.sampling.generate import SamplingConfig
-from dppo_jax.sampling.rollouts import Continuous, RolloutContext
+from dppo_jax.sampling.rollouts import Continuous, Lockstep, RolloutContext
 from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
 
 
@@ -72,6 +73,39 @@ def drawn_by_engine() -> dict:
     }
 
 
+def drawn_apart() -> dict:
+    """Eight responses drawn by the first device of each process for the others, and by these."""
+    sampling, training = divide(jax.devices(), 1)
+    mesh = MeshConfig(fsdp=-1).build(training)
+    model = Model(
+        DecoderConfig(
+            vocab_size=16, width=8, layers=1, heads=2, kv_heads=2, head_size=4, mlp_width=8
+        )
+    )
+    params = jax.jit(model.init, out_shardings=shardings_of(model.logical_axes, mesh))(
+        jax.random.key(0)
+    )
+    settings = SamplingConfig(max_new_tokens=3, samples_per_prompt=2, top_k_capture=2, end_ids=(3,))
+    context = RolloutContext(model, mesh, Speechless(), 3, settings)
+    rows = batch_sharding(mesh)
+    own = np.arange(6, dtype=np.int32).reshape(2, 3) + multihost.row_share(mesh).index
+    prompts = Prompts(*multihost.to_global_rows((own, np.ones((2, 3), bool)), rows))
+    apart = Elsewhere(Lockstep, context, sampling)
+    with jax.set_mesh(mesh):
+        drawn = [
+            source.rollout(params, prompts, jax.random.key(1), settings)
+            for source in (Lockstep(context), apart)
+        ]
+    found = [multihost.to_local_rows(each.logp_rollout, rows) for each in drawn]
+    tokens = [multihost.to_local_rows(each.response_tokens, rows).tolist() for each in drawn]
+    return {
+        "same": tokens[0] == tokens[1] and bool(np.allclose(*found, atol=1e-5)),
+        "bytes": apart.numbers()["weights/bytes_sent"]
+        / sum(x.nbytes for x in jax.tree.leaves(params)),
+        "refused": refused(Elsewhere, lambda _: object(), context, sampling),
+    }
+
+
 class Speechless:
     """As much of a tokenizer as the engine holds."""
 
@@ -98,6 +132,7 @@ def main(process: int, port: str, folder: Path) -> None:
         }.items()
     }  # fmt: skip
     found["engine"] = drawn_by_engine()
+    found["sampler"] = drawn_apart()
     found["same"] = refused(hosts.check_same, hosts.code_facts())
     found["other"] = refused(hosts.check_same, {"jax": "1", "configuration": "xy"[process]})
     found["shared"] = refused(hosts.check_shared, folder / "new" / "run")

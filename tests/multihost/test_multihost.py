@@ -200,6 +200,13 @@ def test_processes_agree(tmp_path):
         assert each["engine"]["tokens"] == alone["tokens"]
         assert each["engine"]["own"] == alone["tokens"][here * 4 : here * 4 + 4]
         np.testing.assert_allclose(each["engine"]["logp"], alone["logp"], atol=1e-5)
+        # one device of each process draws for the other, which trains
+        assert (
+            each["sampler"]["same"] and "on several hosts goes with" in each["sampler"]["refused"]
+        )
+        assert (
+            1 <= each["sampler"]["bytes"] < 1.2
+        )  # norms are whole on each, all else is there once
     # an error of one process ends both, with its own status and words
     assert [e.status for e in ended] == [2, 2]
     assert ended[1].told == ["dppo: the verifier's server did not start"]
@@ -248,13 +255,12 @@ partial_rollouts.PartialRollouts.extra_prompts = 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [PARTIAL, "train.train.sampler_devices = 1"])
-def test_what_works_in_one_process_is_refused_on_every_host(recipe, tmp_path, settings):
+def test_what_works_in_one_process_is_refused_on_every_host(recipe, tmp_path):
     refused = tmp_path / "refused.gin"
     refused.write_text(
         "from __gin__ import dynamic_registration\nfrom dppo_jax import partial_rollouts\n"
         "from dppo_jax import train\nfrom dppo_jax.sampling import rollouts\n"
-        f'include "{recipe}"\n{settings}\n'
+        f'include "{recipe}"\n{PARTIAL}\n'
     )
     commands = launch.dppo(2, "train", refused, "--workdir", tmp_path / "run")
     ended = launch.ends(launch.start(commands, launch.environment(1), [HERE] * 2))
@@ -263,6 +269,27 @@ def test_what_works_in_one_process_is_refused_on_every_host(recipe, tmp_path, se
         (line,) = each.told
         assert "one process" in line or "process 0 (" in line or "process 1 (" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_sample_ahead_on_a_device_each(recipe):
+    """They train what one process does that samples ahead on the devices that it trains on."""
+    ahead = recipe.parent / "ahead.gin"
+    ahead.write_text(
+        "from __gin__ import dynamic_registration\nfrom dppo_jax import train\n"
+        f'include "{recipe}"\ntrain.train.async_depth = 1\n'
+    )
+    alone, run = recipe.parent / "ahead_alone", recipe.parent / "ahead_apart"
+    stopped(train_until(ahead, alone, 5, 1), alone)
+    with ahead.open("a") as file:
+        file.write("train.train.sampler_devices = 1\n")
+    done = stopped(train_until(ahead, run, 2, 2), run)
+    stopped(train_until(ahead, run, done + 2, 2), run)
+    found, told = metrics(run), {"time/weight_transfer", "weights/bytes_sent"}
+    assert all(told <= set(line) and line["weights/bytes_sent"] > 0 for line in found)
+    assert_same_numbers(
+        [{k: x for k, x in line.items() if k not in told} for line in found], metrics(alone)
+    )
 
 
 def test_an_unreachable_coordinator():

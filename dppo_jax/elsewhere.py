@@ -1,0 +1,248 @@
+"""Rollouts on devices of their own: of every host some sample, and the others train.
+
+    train.train.sampler_devices = 4     # the first 4 devices of each host sample
+
+Weights, in the form that the rollout policy has cast them to (`rollout_policy`: bfloat16, int8), go
+
+    trainer's mesh --program--> pieces --copies--> pieces --program--> sampler's mesh
+
+JAX 0.10.2 has no program over two sets of devices. So one lays the weights out in as many pieces as
+both sides can hold, each piece is copied from a device to another of its own host, and where the
+sampler has more devices than pieces a second program divides them. No array is put together on a
+host, and none crosses twice where the trainer's devices are a multiple of the sampler's.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from dppo_jax.models.decoder import Params
+from dppo_jax.multihost import row_share, to_global_rows, to_local_rows
+from dppo_jax.records import Prompts, Rollout
+from dppo_jax.sampling.generate import SamplingConfig
+from dppo_jax.sampling.rollouts import Lockstep, RolloutContext
+from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides
+
+
+def divide(devices: Sequence[Any], sampler: int) -> tuple[list[Any], list[Any]]:
+    """The first `sampler` devices of each host, and those that train; ValueError where none do."""
+    hosts: dict[int, list[Any]] = {}
+    for device in devices:
+        hosts.setdefault(device.process_index, []).append(device)
+    fewest = min(map(len, hosts.values()))
+    if not 0 <= sampler < fewest:
+        raise ValueError(
+            f"sampler_devices={sampler} of a host's {fewest} devices: leave at least one to train"
+        )
+    sampling = [device for own in hosts.values() for device in own[:sampler]]
+    return sampling, [device for device in devices if device not in sampling]
+
+
+class Transfer:
+    """Arrays of one mesh to another one of other devices of the same hosts.
+
+    `seconds` and `bytes`, over all hosts, of what was sent last.
+    """
+
+    def __init__(self, home: Mesh, there: Mesh):
+        self._there = there
+        sides = list(home.devices.flat), list(there.devices.flat)
+        common = math.gcd(*map(len, sides))
+        for pieces in sorted((n for n in range(1, common + 1) if common % n == 0), reverse=True):
+            halves = [np.array(side).reshape(pieces, -1) for side in sides]
+            routes = _routes(*halves)
+            if routes is not None:
+                break
+        else:
+            raise ValueError("a host has devices to sample and none to train, or the other way")
+        self._routes = routes
+        self._sent_from, self._sent_to = (Mesh(half, ("piece", "copy")) for half in halves)
+        self._programs: dict[Any, Any] = {}
+        self._known: tuple[list[Array], list[Array]] = ([], [])  # as they are at home, and there
+        self.seconds = self.bytes = 0.0
+
+    def send(self, tree: Any) -> tuple[Any, Callable[[], None]]:
+        """The tree there, on its way; and what waits for it and takes the time.
+
+        What is the same array as before is not sent again.
+        """
+        began = time.monotonic()
+        leaves, structure = jax.tree.flatten(tree)
+        known = {id(old): new for old, new in zip(*self._known, strict=True)}
+        fresh = [leaf for leaf in leaves if id(leaf) not in known]
+        known |= dict(zip(map(id, fresh), self._arrived(fresh), strict=True))
+        sent = [known[id(leaf)] for leaf in leaves]
+        self._known = leaves, sent
+
+        def wait() -> None:
+            jax.block_until_ready(sent)
+            if fresh:
+                self.seconds = time.monotonic() - began
+
+        return jax.tree.unflatten(structure, sent), wait
+
+    def _arrived(self, leaves: list[Array]) -> list[Array]:
+        if not leaves:
+            return []
+        wanted = [self._wanted(leaf) for leaf in leaves]
+        halves = [self._pieces(goal, leaf.ndim) for goal, leaf in zip(wanted, leaves, strict=True)]
+        departing = self._laid_out(leaves, [NamedSharding(self._sent_from, at) for at in halves])
+        copies = [self._copied(*each) for each in zip(departing, halves, wanted, strict=True)]
+        self.bytes = float(
+            sum(x.sharding.num_devices * math.prod(x.sharding.shard_shape(x.shape)) * x.itemsize
+                for x in copies)
+        )  # fmt: skip
+        return self._laid_out(copies, wanted)
+
+    def _wanted(self, leaf: Array) -> NamedSharding:
+        assert isinstance(leaf.sharding, NamedSharding), "parameters lie on a mesh"
+        return NamedSharding(self._there, leaf.sharding.spec)
+
+    def _pieces(self, goal: NamedSharding, dimensions: int) -> PartitionSpec:
+        """The pieces along the dimension that the sampler's mesh splits."""
+        spec = (*goal.spec, *(None,) * (dimensions - len(goal.spec)))
+        split = ["fsdp" in ((part,) if isinstance(part, str) else part or ()) for part in spec]
+        return PartitionSpec(*("piece" if here else None for here in split))
+
+    def _laid_out(self, leaves: list[Array], shardings: list[NamedSharding]) -> list[Array]:
+        """The arrays as they are asked for, by one program for all that lie otherwise."""
+        asked = list(zip(leaves, shardings, strict=True))
+        moved = [leaf for leaf, goal in asked if not _same(leaf, goal)]
+        if not moved:
+            return leaves
+        goals = tuple(goal for leaf, goal in asked if not _same(leaf, goal))
+        if goals not in self._programs:
+            self._programs[goals] = jax.jit(lambda arrays: arrays, out_shardings=list(goals))
+        mesh = goals[0].mesh
+        assert isinstance(mesh, Mesh), "arrays of a run live on real devices"
+        with jax.set_mesh(mesh):
+            made = iter(self._programs[goals](moved))
+        return [leaf if _same(leaf, goal) else next(made) for leaf, goal in asked]
+
+    def _copied(self, leaf: Array, spec: PartitionSpec, wanted: NamedSharding) -> Array:
+        """The same pieces on the other side's devices, as they are wanted there if that is so."""
+        at_home = {shard.device: shard.data for shard in leaf.addressable_shards}
+        parts = [
+            jax.device_put(at_home[source], target)
+            for target, source in self._routes.items()
+            if source in at_home
+        ]
+        goal = NamedSharding(self._sent_to, spec)
+        goal = wanted if wanted.is_equivalent_to(goal, leaf.ndim) else goal
+        return jax.make_array_from_single_device_arrays(leaf.shape, goal, parts)
+
+
+def _same(leaf: Array, goal: NamedSharding) -> bool:
+    return leaf.sharding.is_equivalent_to(goal, leaf.ndim)
+
+
+def _routes(home: np.ndarray, there: np.ndarray) -> dict[Any, Any] | None:
+    """For each device of `there` [pieces, copies] one of its host that holds its piece; None where
+    a host has none."""
+    found = {}
+    for holders, targets in zip(home, there, strict=True):
+        for place, target in enumerate(targets):
+            near = [d for d in holders if d.process_index == target.process_index]
+            if not near:
+                return None
+            found[target] = near[place % len(near)]
+    return found
+
+
+class Elsewhere:
+    """A source whose work is done on devices of its own: weights go there, rollouts come back."""
+
+    elsewhere = True
+
+    def __init__(self, make: Any, context: RolloutContext, devices: Sequence[Any]):
+        self._home, self._mesh = context.mesh, MeshConfig(fsdp=len(devices)).build(devices)
+        check_divides(self._mesh, "embed", {"width": context.model.config.width})
+        self._source = make(context._replace(mesh=self._mesh))
+        # A jitted source is asked by whoever asks, so that all hosts start their programs in one
+        # order; one that waits for its own results, as the engine does, by the thread that waits.
+        self._jitted = isinstance(self._source, Lockstep)
+        if jax.process_count() > 1:
+            if not self._jitted:
+                raise ValueError(
+                    "sampler_devices on several hosts goes with rollouts = @rollouts.Lockstep"
+                )
+            if row_share(self._mesh) != row_share(self._home):
+                raise ValueError(
+                    f"sampler_devices: the mesh {dict(self._home.shape)} of the devices that train "
+                    "gives a host other prompts than those that sample; let each host's devices "
+                    "be whole rows of it"
+                )
+        self._transfer = Transfer(self._home, self._mesh)
+        self._one_at_a_time = threading.Lock()  # evaluation asks while a flight is drawn
+
+    def numbers(self) -> dict[str, float]:
+        """Of the last weights that were sent."""
+        return {
+            "time/weight_transfer": self._transfer.seconds,
+            "weights/bytes_sent": self._transfer.bytes,
+        }
+
+    def rollout(
+        self,
+        params: Params,
+        prompts: Prompts,
+        key: Array,
+        settings: SamplingConfig,
+        *,
+        first: int = 0,
+        version: int = 0,
+    ) -> Rollout:
+        """See `RolloutSource`."""
+        return self.begin(params, prompts, key, settings, first=first, version=version)()
+
+    def begin(
+        self,
+        params: Params,
+        prompts: Prompts,
+        key: Array,
+        settings: SamplingConfig,
+        *,
+        first: int = 0,
+        version: int = 0,
+    ) -> Callable[[], Rollout]:
+        """Starts what can be, and gives what waits for the rollout."""
+        check_divides(self._mesh, "batch", {"prompts of a rollout": len(prompts.tokens)})
+        there, key = self._over(prompts, self._home, self._mesh), self._same_key(key)
+        sent, wait = self._transfer.send(params)
+        draw = partial(
+            self._source.rollout, sent, there, key, settings, first=first, version=version
+        )
+        drawn = self._drawn(draw) if self._jitted else None
+
+        def finish() -> Rollout:
+            wait()
+            with self._one_at_a_time:
+                rollout = self._drawn(draw) if drawn is None else drawn
+            return self._over(rollout, self._mesh, self._home)
+
+        return finish
+
+    def _drawn(self, draw: Callable[[], Rollout]) -> Rollout:
+        with jax.set_mesh(self._mesh):
+            return jax.device_put(draw(), batch_sharding(self._mesh))
+
+    def _same_key(self, key: Array) -> Array:
+        """The key, of which every host has the words, as one of the devices that sample."""
+        words = np.asarray(jax.random.key_data(key))
+        with jax.set_mesh(self._mesh):
+            return jax.random.wrap_key_data(jnp.asarray(words), impl=jax.random.key_impl(key))
+
+    def _over(self, rows: Any, source: Mesh, target: Mesh) -> Any:
+        """Rows of one mesh on the other one, each host's own."""
+        if jax.process_count() == 1:
+            return jax.device_put(rows, batch_sharding(target))
+        return to_global_rows(to_local_rows(rows, batch_sharding(source)), batch_sharding(target))
