@@ -23,6 +23,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dppo_jax.kernels import plain, single_pass, xla
 from dppo_jax.kernels.chips import CHIPS, ENVIRONMENT, bytes_asked_for
 from dppo_jax.kernels.head import head
+from dppo_jax.kernels.sharded import Layout as OnMesh
+from dppo_jax.kernels.sharded import sharded_loss_and_grad
 from dppo_jax.kernels.single_pass import TokenTerms, fused_loss_and_grad
 
 # (N, D, V): Qwen3-8B, Gemma3-4B, Qwen3-0.6B.
@@ -33,12 +35,13 @@ class Form(NamedTuple):
     """A program of (hidden, unembedding, ids), and what is known of its costs beforehand."""
 
     program: Callable
-    flops: int  # in units of NDV
+    flops: int  # in units of NDV, of all devices together
     reads: int  # of the unembedding and of hidden; what a perfect cache would leave
     writes: int  # of their gradients
     trips: Callable[[int, int], int]  # of its loops, which XLA's cost analysis counts once
     before_loop: str | None  # the form whose program runs before the loop
     multiplied_by_xla: bool  # every product with W; the Pallas forward takes W as arguments come
+    parallel: bool = False  # the vocabulary lies over all devices of the chip's topology
 
 
 def _losses(terms: TokenTerms, rows: Any) -> jax.Array:
@@ -53,9 +56,9 @@ def _gradients(terms_of: Callable) -> Callable:
     return jax.value_and_grad(loss, (0, 1), has_aux=True)
 
 
-def _two_passes(body: str) -> Callable:
+def _two_passes(body: str, layout: OnMesh | None = None) -> Callable:
     def terms_of(x, w, ids):
-        out = head(x, w, ids, stored_gradient=False, body=body)
+        out = head(x, w, ids, stored_gradient=False, body=body, layout=layout)
         return TokenTerms(out.logit_at - out.lse[:, None], out.entropy)
 
     return _gradients(terms_of)
@@ -65,11 +68,23 @@ def _single_pass(x, w, ids):
     return fused_loss_and_grad(_losses, x, w, ids, (), stored_gradient=False)
 
 
+def _parallel_single_pass(x, w, ids):
+    return sharded_loss_and_grad(
+        _losses, x, w, ids, (), None, VOCABULARY_PARALLEL, stored_gradient=False
+    )
+
+
 def _column_chunks(tokens: int, vocabulary: int) -> int:
     return -(-vocabulary // xla.chunk_columns(tokens, vocabulary))
 
 
-FORWARD = "pallas_tpu_forward"
+def _token_chunks(tokens: int, vocabulary: int) -> int:
+    return -(-tokens // single_pass.chunk_tokens(tokens))
+
+
+_AXIS = "chip"
+VOCABULARY_PARALLEL = OnMesh(tokens=(), vocabulary=_AXIS, width=None)
+FORWARD, PARALLEL_FORWARD = "pallas_tpu_forward", "parallel_forward"
 # All with the gradients of hidden and unembedding, but FORWARD.
 FORMS = {
     "naive": Form(_gradients(plain.naive), 6, 1, 1, lambda *_: 1, None, True),
@@ -80,9 +95,17 @@ FORMS = {
     "xla": Form(_two_passes("xla"), 8, 2, 1, _column_chunks, None, True),
     FORWARD: Form(partial(head, body="pallas_tpu"), 2, 1, 0, lambda *_: 1, None, False),
     "pallas_tpu": Form(_two_passes("pallas_tpu"), 8, 2, 1, _column_chunks, FORWARD, False),
-    "single_pass": Form(
-        _single_pass, 6, 1, 1,
-        lambda tokens, vocabulary: -(-tokens // single_pass.chunk_tokens(tokens)), None, True,
+    "single_pass": Form(_single_pass, 6, 1, 1, _token_chunks, None, True),
+    PARALLEL_FORWARD: Form(
+        partial(head, body="pallas_tpu", layout=VOCABULARY_PARALLEL), 2, 1, 0, lambda *_: 1, None,
+        False, True,
+    ),
+    "parallel": Form(
+        _two_passes("pallas_tpu", VOCABULARY_PARALLEL), 8, 2, 1, _column_chunks, PARALLEL_FORWARD,
+        False, True,
+    ),
+    "parallel_single_pass": Form(
+        _parallel_single_pass, 6, 1, 1, _token_chunks, None, False, True
     ),
 }  # fmt: skip
 
@@ -95,7 +118,9 @@ def compile_table(
 ) -> list[dict[str, Any]]:
     """One row a chip, shape (N, D, V) and form: bfloat16, J = 1 + stored ids, compiled with libtpu.
 
-    A row holds `chip`, `form`, `tokens`, `width`, `vocabulary`, `stored`;
+    A row holds `chip`, `form`, `tokens`, `width`, `vocabulary`, `stored`; `devices`, over which
+    the parallel forms spread the vocabulary, all of the chip's topology in `CHIPS`, else 1: what
+    follows is of one of them;
     `roofline_seconds`, the larger of 2, 8 or 6 NDV flops and the least traffic at the chip's peaks;
     `fits`. Where it is False the compiler found too little memory, `needed_bytes` is what it asked
     for, arguments and results included, and nothing else is known. Else
@@ -131,11 +156,16 @@ def _rows(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=CHIPS[name].topology
         ).devices
-        mesh = jax.make_mesh((1,), ("chip",), axis_types=(AxisType.Auto,), devices=devices[:1])
-        with jax.set_mesh(mesh):
-            for shape in request["shapes"]:
-                compiled: dict[str, dict[str, float]] = {}
-                for form in request["forms"]:
+
+        def mesh_of(count, devices=devices):
+            auto = (AxisType.Auto,)
+            return jax.make_mesh((count,), (_AXIS,), axis_types=auto, devices=devices[:count])
+
+        for shape in request["shapes"]:
+            compiled: dict[str, dict[str, float]] = {}
+            for form in request["forms"]:
+                mesh = mesh_of(len(devices) if FORMS[form].parallel else 1)
+                with jax.set_mesh(mesh):
                     yield _row(name, form, mesh, tuple(shape), request["stored"], compiled)
 
 
@@ -149,7 +179,8 @@ def _row(
 ) -> dict[str, Any]:
     tokens, width, vocabulary = shape
     chip, form = CHIPS[name], FORMS[form_name]
-    here = NamedSharding(mesh, PartitionSpec())
+    devices, here = mesh.size, NamedSharding(mesh, PartitionSpec())
+    spread = NamedSharding(mesh, PartitionSpec(_AXIS))
     arguments = [
         jax.ShapeDtypeStruct((tokens, width), "bfloat16"),
         jax.ShapeDtypeStruct((vocabulary, width), "bfloat16"),
@@ -159,11 +190,11 @@ def _row(
     def costs_of(form_name: str) -> dict[str, float]:
         if form_name not in compiled:
             start = time.perf_counter()
-            matrix: Format | NamedSharding = here
+            matrix: Format | NamedSharding = spread
             # In a training step W is cast to bfloat16 by the same program, in the tile that its
             # products want. Here it is an argument, which would be copied into that tile first.
             if chip.matrix_tile and FORMS[form_name].multiplied_by_xla:
-                matrix = Format(Layout((0, 1), chip.matrix_tile), here)
+                matrix = Format(Layout((0, 1), chip.matrix_tile), spread)
             jitted = jax.jit(FORMS[form_name].program, in_shardings=(here, matrix, here))
             program = jitted.trace(*arguments)
             executable = program.lower(lowering_platforms=("tpu",)).compile()
@@ -180,8 +211,8 @@ def _row(
             }
         return compiled[form_name]
 
-    matrices = 2 * (tokens * width + vocabulary * width)
-    flops = form.flops * tokens * width * vocabulary
+    matrices = 2 * (tokens * width + vocabulary * width // devices)
+    flops = form.flops * tokens * width * vocabulary // devices
     traffic = (form.reads + form.writes) * matrices
     row = {
         "chip": name,
@@ -190,6 +221,7 @@ def _row(
         "width": width,
         "vocabulary": vocabulary,
         "stored": stored,
+        "devices": devices,
         "roofline_seconds": max(flops / chip.bf16_flops, traffic / chip.memory_bytes),
     }
     try:
@@ -200,7 +232,7 @@ def _row(
             raise
         return row | {"fits": False, "needed_bytes": needed}
     before = dict.fromkeys(once, 0.0) if form.before_loop is None else costs_of(form.before_loop)
-    trips = form.trips(tokens, vocabulary)
+    trips = form.trips(tokens, vocabulary // devices)
 
     def total(cost: str) -> float:
         return before[cost] + trips * (once[cost] - before[cost])

@@ -19,9 +19,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dppo_jax.kernels import tiles
+from dppo_jax.kernels.combining import combine, combine_logits
 from dppo_jax.kernels.packing import packing
-from dppo_jax.kernels.tiles import SINGLE_PASS_CHUNKS
-from dppo_jax.kernels.xla import LEAST_LOG_P, Transform, contract, logits_of, statistics_dtype
+from dppo_jax.kernels.xla import (
+    LEAST_LOG_P,
+    Transform,
+    chunk_at,
+    contract,
+    even_columns,
+    forward_by,
+    logits_of,
+    over_chunks,
+    statistics_dtype,
+)
 
 ROW_TILE = 8  # sublanes of a TPU
 
@@ -43,8 +54,12 @@ class Gradients(NamedTuple):
 
 
 def chunk_tokens(tokens: int) -> int:
-    """Tokens of a chunk: SINGLE_PASS_CHUNKS nearly equal ones, rounded up to ROW_TILE."""
-    return -(-tokens // (SINGLE_PASS_CHUNKS * ROW_TILE)) * ROW_TILE
+    """Tokens of a chunk: nearly equal chunks, rounded up to ROW_TILE.
+
+    SINGLE_PASS_CHUNKS of them, fewer where they would be less than SINGLE_PASS_LEAST_TOKENS.
+    """
+    chunks = min(tiles.SINGLE_PASS_CHUNKS, max(1, tokens // tiles.SINGLE_PASS_LEAST_TOKENS))
+    return max(1, -(-tokens // (chunks * ROW_TILE))) * ROW_TILE
 
 
 def fused_loss_and_grad(
@@ -88,7 +103,9 @@ def fused_loss_and_grad(
     operand = jnp.promote_types(hidden.dtype, unembedding.dtype)
     tokens = hidden.shape[0]
     size = chunk_tokens(tokens)
-    chunks = -(-tokens // size)
+    chunks = max(1, -(-tokens // size))
+    vocabulary = len(unembedding)
+    columns = even_columns(vocabulary, tiles.single_pass_columns(tiles.target(), vocabulary))
 
     def padded(leaf):
         return jnp.pad(leaf, ((0, chunks * size - tokens), *((0, 0),) * (leaf.ndim - 1)))
@@ -104,15 +121,20 @@ def fused_loss_and_grad(
             live = lax.pmax(live, token_axes)
     inputs = jax.tree.map(padded, inputs)
 
-    def chunk_pass(index):
+    def chunk_pass(index, d_unembedding):
+        """(losses, terms, dhidden) of a chunk of tokens, and the matrix's gradient with theirs."""
         x, at, extra = jax.tree.map(
             lambda leaf: lax.dynamic_slice_in_dim(leaf, index * size, size), inputs
         )
         real = index * size + jnp.arange(size) < count
         x = jnp.where(real[:, None], x, 0)  # a NaN times a zero cotangent would reach the matrix
-        products = contract(x, unembedding, 1, 1, dtype)
-        z = logits_of(products, transform)
-        lse, terms = _statistics(z, at, vocabulary_axis)
+        (lse, logit_at, entropy), kept = forward_by(
+            columns, x, unembedding, at, transform, keep=True
+        )
+        if vocabulary_axis is not None:
+            lse, entropy = combine(lse, entropy, vocabulary_axis)
+            logit_at = combine_logits(logit_at, vocabulary_axis)
+        terms = TokenTerms(logit_at - lse[:, None], entropy)
 
         def losses_of(sampled, stored, entropy):
             logp = jnp.concatenate([sampled[:, None], stored], axis=1)
@@ -124,45 +146,65 @@ def fused_loss_and_grad(
             jnp.where(real.reshape(-1, *(1,) * (g.ndim - 1)), g, 0.0)
             for g in pull_back(jnp.ones_like(losses))
         )
-        local = jnp.where(_inside(at, z), at, -1)
-        log_p = jnp.maximum(z - lse[:, None], LEAST_LOG_P)
         g_all = g_sampled + (jnp.sum(g_stored, axis=1) if stored_gradient else 0.0)
-        dz = -jnp.exp(log_p) * (
-            g_all[:, None] + g_entropy[:, None] * (log_p + terms.entropy[:, None])
-        )
-        dz += jnp.where(jnp.arange(z.shape[1]) == local[:, :1], g_sampled[:, None], 0.0)
-        if stored_gradient and ids.shape[1] > 1:
-            slots = jnp.where(local < 0, z.shape[1], local)[:, 1:]
-            dz = jax.vmap(lambda row, slot, g: row.at[slot].add(g, mode="drop"))(
-                dz, slots, g_stored
+
+        def products_cotangent(products, start):
+            """Of x W^T, for the columns that begin at `start`."""
+            z = logits_of(products, transform)
+            log_p = jnp.maximum(z - lse[:, None], LEAST_LOG_P)
+            dz = -jnp.exp(log_p) * (
+                g_all[:, None] + g_entropy[:, None] * (log_p + terms.entropy[:, None])
             )
-        if transform.soft_cap is not None:
-            dz *= 1 - jnp.tanh(products / transform.soft_cap) ** 2
-        if transform.temperature != 1.0:
-            dz /= transform.temperature
-        dz = dz.astype(operand)
-        d_hidden = contract(dz, unembedding, 1, 0, dtype)
+            local = at - start
+            dz += jnp.where(jnp.arange(z.shape[1]) == local[:, :1], g_sampled[:, None], 0.0)
+            if stored_gradient and ids.shape[1] > 1:
+                slots = jnp.where(_inside(local, z), local, z.shape[1])[:, 1:]
+                dz = jax.vmap(lambda row, slot, g: row.at[slot].add(g, mode="drop"))(
+                    dz, slots, g_stored
+                )
+            if transform.soft_cap is not None:
+                dz *= 1 - jnp.tanh(products / transform.soft_cap) ** 2
+            return dz if transform.temperature == 1.0 else dz / transform.temperature
+
+        def column_block(index, state):
+            d_hidden, d_unembedding = state
+            chunk = chunk_at(unembedding, index, columns)
+            products = lax.dynamic_index_in_dim(kept, index, axis=0, keepdims=False)
+            dz = products_cotangent(products, chunk.start)
+            if chunk.fresh is not None:
+                dz = jnp.where(chunk.fresh, dz, 0)
+            dz = dz.astype(operand)
+            d_hidden += contract(dz, chunk.rows, 1, 0, dtype)
+            more = contract(dz, x, 0, 0, dtype)
+            if columns == vocabulary:
+                return d_hidden, d_unembedding + more
+            before = lax.dynamic_slice_in_dim(d_unembedding, chunk.start, columns)
+            return d_hidden, lax.dynamic_update_slice_in_dim(
+                d_unembedding, before + more, chunk.start, axis=0
+            )
+
+        state = jnp.zeros(x.shape, dtype), d_unembedding
+        d_hidden, d_unembedding = over_chunks(column_block, state, vocabulary, columns)
         if vocabulary_axis is not None:
             d_hidden = lax.psum(d_hidden, vocabulary_axis)
-        d_unembedding = contract(dz, x, 0, 0, dtype)
-        return jnp.sum(losses), terms, d_hidden.astype(hidden.dtype), d_unembedding
+        return (jnp.sum(losses), terms, d_hidden.astype(hidden.dtype)), d_unembedding
 
     def step(index, state):
         total, whole, d_unembedding = state
-        losses, terms, d_hidden, more = chunk_pass(index)
+        (losses, *by_token), d_unembedding = chunk_pass(index, d_unembedding)
 
         def put(into, part):
             return lax.dynamic_update_slice_in_dim(into, part, index * size, axis=0)
 
-        return total + losses, jax.tree.map(put, whole, (terms, d_hidden)), d_unembedding + more
+        return total + losses, jax.tree.map(put, whole, tuple(by_token)), d_unembedding
 
-    def nothing(like):
-        return jnp.zeros((chunks * size, *like.shape[1:]), like.dtype)
+    def nothing(like, dtype):
+        return jnp.zeros((chunks * size, *like.shape[1:]), dtype)
 
-    *_, terms, d_hidden, _ = jax.eval_shape(chunk_pass, jnp.int32(0))
+    terms = TokenTerms(nothing(ids, dtype), nothing(ids[:, 0], dtype))
     state = (
         jnp.zeros((), dtype),
-        jax.tree.map(nothing, (terms, d_hidden)),
+        (terms, nothing(hidden, hidden.dtype)),
         jnp.zeros(unembedding.shape, dtype),
     )
     if valid is None and chunks == 1:
@@ -179,24 +221,3 @@ def fused_loss_and_grad(
 
 def _inside(ids: Array, z: Array) -> Array:
     return (ids >= 0) & (ids < z.shape[1])
-
-
-def _statistics(z: Array, ids: Array, vocabulary_axis: str | None) -> tuple[Array, TokenTerms]:
-    """(lse [n], terms) of softmax(z), over all shards of the vocabulary."""
-    # The lowest finite maximum, not -inf: differences stay defined in rows of -inf.
-    m = jnp.maximum(z.max(axis=1), jnp.finfo(z.dtype).min)
-    if vocabulary_axis is not None:
-        m = lax.pmax(m, vocabulary_axis)
-    s = jnp.exp(z - m[:, None]).sum(axis=1)
-    # The barrier keeps XLA's CPU compiler from writing the shared difference to memory.
-    u = jnp.maximum(z - lax.optimization_barrier(m)[:, None], LEAST_LOG_P)
-    t = (u * jnp.exp(u)).sum(axis=1)
-    inside = _inside(ids, z)
-    at = jnp.take_along_axis(z, jnp.where(inside, ids, 0), axis=1, mode="promise_in_bounds")
-    at = jnp.where(inside, at, 0.0)
-    if vocabulary_axis is not None:
-        s, t, at, shards = lax.psum((s, t, at, inside.astype(z.dtype)), vocabulary_axis)
-        inside = shards > 0
-    log_s = jnp.log(s)
-    logp = jnp.where(inside, at - (m + log_s)[:, None], jnp.nan)
-    return m + log_s, TokenTerms(logp, log_s - t / s)

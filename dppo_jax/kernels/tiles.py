@@ -38,6 +38,12 @@ TILES: dict[str, Tile | None] = {
 # sixteenth of the tokens keeps it below a tenth of N x V x 4 bytes (4 + 2 bytes a logit). More
 # chunks would cost time: each reads and writes all of dW once, 8VD bytes for 6VD flops a token.
 SINGLE_PASS_CHUNKS = 16
+# Nor are chunks smaller than this: that traffic is then a tenth of the time on a CPU.
+SINGLE_PASS_LEAST_TOKENS = 512
+# Columns of W that the single pass multiplies at once; all where a chip is not named. Two CPU
+# cores made 230 GFLOP/s of one product of all columns, which goes to memory and back for each sum,
+# and 320 of blocks that stay in the cache.
+SINGLE_PASS_COLUMNS = {"CPU": 2048}
 # A block of W this large takes microseconds to read, long beside the fixed cost of a grid step;
 # a larger one only makes the program longer.
 _BLOCK_BYTES = 4 * MIB
@@ -78,10 +84,19 @@ def target() -> Target:
     return Target(default.platform, default.device_kind, jax.device_count() == 1)
 
 
+def _row(target: Target) -> str:
+    """Of the tables; a TPU that is not in them is a v4, whose tiles are the smallest."""
+    return {"cpu": "CPU", "tpu": _KINDS.get(target.kind, "v4")}.get(target.platform, "H100")
+
+
 def largest_tile(target: Target) -> Tile | None:
-    """The row of the table for a device; a TPU that is not in it gets v4's, the smallest."""
-    chip = {"cpu": "CPU", "tpu": _KINDS.get(target.kind, "v4")}.get(target.platform, "H100")
-    return TILES[chip]
+    """The tile of a device's row."""
+    return TILES[_row(target)]
+
+
+def single_pass_columns(target: Target, vocabulary: int) -> int:
+    """Columns of W that the single pass multiplies at once on a device."""
+    return min(vocabulary, SINGLE_PASS_COLUMNS.get(_row(target), vocabulary))
 
 
 def vmem_estimate(tile: Tile, width: int, itemsize: int, lanes: int) -> int:

@@ -193,11 +193,31 @@ def forward(
             return rows.put(out, part)
 
         return _over_rows(block, nothing, len(ids), count), None
+    columns = chunk_columns(len(hidden), len(unembedding))
+    statistics, kept = forward_by(columns, hidden, unembedding, ids, transform)
+    return statistics, None if kept is None else kept[0]
+
+
+def forward_by(
+    columns: int,
+    hidden: Float[Array, "N D"],
+    unembedding: Float[Array, "V D"],
+    ids: Int[Array, "N J"],
+    transform: Transform,
+    *,
+    keep: bool = False,
+) -> tuple[tuple[Array, Array, Array], Float[Array, "chunks N columns"] | None]:
+    """`forward` of all rows by chunks of `columns`, and every chunk's products.
+
+    The products are None without `keep`, unless one chunk is the vocabulary. Chunks are those of
+    `chunk_at`.
+    """
+    dtype = statistics_dtype(hidden, unembedding)
     tokens, vocabulary = hidden.shape[0], unembedding.shape[0]
-    columns = chunk_columns(tokens, vocabulary)
+    chunks = -(-vocabulary // columns)
 
     def step(index, state):
-        m, s, t, logit_at, _ = state
+        m, s, t, logit_at, kept = state
         chunk = chunk_at(unembedding, index, columns)
         products = contract(hidden, chunk.rows, 1, 1, dtype)
         z = logits_of(products, transform)
@@ -219,16 +239,20 @@ def forward(
         # shared one to memory instead of fusing it into each sum (3x slower, measured).
         u = jnp.maximum(z - lax.optimization_barrier(m_new)[:, None], LEAST_LOG_P)
         t_chunk = (u * jnp.exp(u)).sum(axis=1)
-        kept = products if columns == vocabulary else None
+        if chunks == 1:
+            kept = products[None]
+        elif keep:
+            kept = lax.dynamic_update_index_in_dim(kept, products, index, axis=0)
         return m_new, scale * s + s_chunk, scale * (t + shift * s) + t_chunk, logit_at, kept
 
     # The lowest finite m, not -inf: differences of it stay defined before the first chunk and in
     # rows whose first chunks are all -inf.
     zero = jnp.zeros((tokens,), dtype)
-    state = (zero + jnp.finfo(dtype).min, zero, zero, jnp.full(ids.shape, jnp.nan, dtype), None)
-    m, s, t, logit_at, products = over_chunks(step, state, vocabulary, columns)
+    kept = jnp.zeros((chunks, tokens, columns), dtype) if keep and chunks > 1 else None
+    state = (zero + jnp.finfo(dtype).min, zero, zero, jnp.full(ids.shape, jnp.nan, dtype), kept)
+    m, s, t, logit_at, kept = over_chunks(step, state, vocabulary, columns)
     log_s = jnp.log(s)
-    return (m + log_s, logit_at, log_s - t / s), products
+    return (m + log_s, logit_at, log_s - t / s), kept
 
 
 def backward(

@@ -51,7 +51,8 @@ def add(verbs: Any) -> None:
     head.add_argument(
         "--forms",
         help=f"which, by commas (default: {forms} and, measured, tokamax, compiled, "
-        "pallas_tpu_forward)",
+        "pallas_tpu_forward and, with the vocabulary over all devices of four chips, "
+        "parallel_forward, parallel, parallel_single_pass)",
     )
     head.add_argument(
         "--chips",

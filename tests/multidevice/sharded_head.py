@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dppo_jax.kernels import xla
+from dppo_jax.kernels import tiles, xla
 from dppo_jax.kernels.head import fused_loss, head
 from dppo_jax.kernels.sharded import Layout
 from dppo_jax.kernels.single_pass import TokenTerms
@@ -69,6 +69,7 @@ def inputs():
 
 def main() -> list[dict]:
     xla.CHUNK_LOGITS, xla.LEAST_COLUMNS = 1, 128  # several chunks a shard
+    tiles.SINGLE_PASS_LEAST_TOKENS, tiles.SINGLE_PASS_COLUMNS["CPU"] = 8, 128
     x, w, ids, rows = inputs()
     found = []
     for form in (single_pass, two_pass):
