@@ -207,7 +207,7 @@ def test_products_of_experts_in_blocks(sizes):
 def test_on_a_gpu_nothing_is_as_large_as_rows_times_experts():
     """Of a layer as it is lowered for CUDA, forward and backward: no product of XLA's own for
     experts, which it makes of masked copies, and no array beyond padded rows and the gradient."""
-    rows, width, mlp, experts = 1024, 256, 64, 32
+    rows, width, mlp, experts = 4096, 256, 64, 32
     x, d_out = (jax.ShapeDtypeStruct((rows, n), jnp.bfloat16) for n in (width, mlp))
     weight = jax.ShapeDtypeStruct((experts, width, mlp), jnp.bfloat16)
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)

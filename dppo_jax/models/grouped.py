@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Int
 ROW_TILES, LARGEST_TILE = (512, 256, 128), 1024  # of `tgmm`: rows, and columns of either factor
 LEAST_BLOCK, LARGEST_BLOCK = 8, 128  # rows of a CPU's product
 # Of a GPU's: about the mean of an expert, so that padding at most doubles the rows and an expert's
-# matrix is copied about twice; 16 blocks of 128 x 768 are as many tiles as an H100 has units.
-LEAST_PADDED, LARGEST_PADDED, AT_ONCE = 16, 512, 16
+# matrix is copied about twice, but no less than a tile of its matrix units; 16 blocks of 128 x 768
+# are about as many tiles as an H100 has units.
+LEAST_PADDED, LARGEST_PADDED, AT_ONCE = 64, 512, 16
 
 
 @jax.custom_vjp
