@@ -16,7 +16,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -43,8 +42,11 @@ def divide(devices: Sequence[Any], sampler: int) -> tuple[list[Any], list[Any]]:
         raise ValueError(
             f"sampler_devices={sampler} of a host's {fewest} devices: leave at least one to train"
         )
+    if not sampler:
+        return [], list(devices)
+    # Host after host, so that each side's rows and pieces of weights lie on the same hosts.
     sampling = [device for own in hosts.values() for device in own[:sampler]]
-    return sampling, [device for device in devices if device not in sampling]
+    return sampling, [device for own in hosts.values() for device in own[sampler:]]
 
 
 class Transfer:
@@ -167,11 +169,8 @@ class Elsewhere:
         self._home, self._mesh = context.mesh, MeshConfig(fsdp=len(devices)).build(devices)
         check_divides(self._mesh, "embed", {"width": context.model.config.width})
         self._source = make(context._replace(mesh=self._mesh))
-        # A jitted source is asked by whoever asks, so that all hosts start their programs in one
-        # order; one that waits for its own results, as the engine does, by the thread that waits.
-        self._jitted = isinstance(self._source, Lockstep)
         if jax.process_count() > 1:
-            if not self._jitted:
+            if not isinstance(self._source, Lockstep):
                 raise ValueError(
                     "sampler_devices on several hosts goes with rollouts = @rollouts.Lockstep"
                 )
@@ -182,7 +181,8 @@ class Elsewhere:
                     "be whole rows of it"
                 )
         self._transfer = Transfer(self._home, self._mesh)
-        self._one_at_a_time = threading.Lock()  # evaluation asks while a flight is drawn
+        # One rollout at a time, in the order in which they were asked for: that of all hosts.
+        self._turn, self._asked, self._done = threading.Condition(), 0, 0
 
     def numbers(self) -> dict[str, float]:
         """Of the last weights that were sent."""
@@ -214,26 +214,35 @@ class Elsewhere:
         first: int = 0,
         version: int = 0,
     ) -> Callable[[], Rollout]:
-        """Starts what can be, and gives what waits for the rollout."""
+        """Sends what is needed, and gives what draws the rollout: in any thread, to be called once.
+
+        To be asked by one thread alone, so that all hosts start their programs in one order.
+        """
         check_divides(self._mesh, "batch", {"prompts of a rollout": len(prompts.tokens)})
         there, key = self._over(prompts, self._home, self._mesh), self._same_key(key)
         sent, wait = self._transfer.send(params)
-        draw = partial(
-            self._source.rollout, sent, there, key, settings, first=first, version=version
-        )
-        drawn = self._drawn(draw) if self._jitted else None
+        place, self._asked = self._asked, self._asked + 1
+
+        def draw() -> Rollout:
+            wait()
+            with jax.set_mesh(self._mesh):
+                drawn = self._source.rollout(
+                    sent, there, key, settings, first=first, version=version
+                )
+                return jax.block_until_ready(jax.device_put(drawn, batch_sharding(self._mesh)))
 
         def finish() -> Rollout:
-            wait()
-            with self._one_at_a_time:
-                rollout = self._drawn(draw) if drawn is None else drawn
-            return self._over(rollout, self._mesh, self._home)
+            with self._turn:
+                self._turn.wait_for(lambda: self._done == place)
+            try:
+                drawn = draw()
+            finally:
+                with self._turn:
+                    self._done += 1
+                    self._turn.notify_all()
+            return self._over(drawn, self._mesh, self._home)
 
         return finish
-
-    def _drawn(self, draw: Callable[[], Rollout]) -> Rollout:
-        with jax.set_mesh(self._mesh):
-            return jax.device_put(draw(), batch_sharding(self._mesh))
 
     def _same_key(self, key: Array) -> Array:
         """The key, of which every host has the words, as one of the devices that sample."""

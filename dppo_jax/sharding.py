@@ -125,9 +125,14 @@ class MeshConfig:
         return Mesh(self.arrange(devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
     def arrange(self, devices: Sequence[Any]) -> np.ndarray:
-        """The devices in the order of the mesh: near each other where the axes talk most."""
+        """The devices in the order of the mesh: near each other where the axes talk most.
+
+        Of TPUs that are no whole torus, as a part of each host is none, in the order given.
+        """
         sizes = self.sizes(len(devices))
         shape = tuple(sizes.values())
+        if not _whole_torus(devices):
+            return np.array(devices).reshape(shape)
         count, by_process = self._slices(devices)
         if count == 1:
             return _on_torus(lambda **split: mesh_utils.create_device_mesh(shape, devices, **split))
@@ -158,6 +163,18 @@ class MeshConfig:
                 "processes: set MeshConfig.slices to 0"
             )
         return self.slices, self.slices != found
+
+
+def _whole_torus(devices: Sequence[Any]) -> bool:
+    """Whether the TPUs of each slice fill a box; true of devices without coordinates."""
+    slices: dict[int, set[tuple[int, ...]]] = {}
+    for device in devices:
+        if getattr(device, "coords", None) is not None:
+            slices.setdefault(getattr(device, "slice_index", 0), set()).add(tuple(device.coords))
+    return all(
+        math.prod(max(along) - min(along) + 1 for along in zip(*taken, strict=True)) == len(taken)
+        for taken in slices.values()
+    )
 
 
 def _on_torus(arrange: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from dppo_jax.elsewhere import divide
 from dppo_jax.sharding import MESH_AXES, MeshConfig, axes_of, spec_of
 
 
@@ -56,6 +57,29 @@ def test_slices_are_joined_by_data_then_fsdp():
     hosts = [Device(i, 0, "cpu", "cpu", i // 8) for i in range(16)]
     arranged = MeshConfig(data=2, slices=2).arrange(hosts)
     assert {device.process_index for device in arranged[0].flat} == {0}
+
+
+def test_parts_of_hosts_are_no_torus():
+    """Four hosts of 2 x 2 chips, one of each samples: host after host, on either side."""
+
+    @dataclass(frozen=True)
+    class Chip(Device):
+        @property
+        def coords(self):
+            across, down = self.id % 4, self.id // 4
+            return (across, down, 0)
+
+    chips = [Chip(i, 0, process_index=i % 4 // 2 + i // 8 * 2) for i in range(16)]
+    sampling, training = divide(chips, 1)
+    assert [chip.id for chip in sampling] == [0, 2, 8, 10]
+    arranged = MeshConfig(fsdp=4, sequence=3).arrange(training)
+    assert [{chip.process_index for chip in row.flat} for row in arranged[0]] == [
+        {0},
+        {1},
+        {2},
+        {3},
+    ]
+    assert divide(chips, 0) == ([], chips)
 
 
 def test_a_rule_takes_each_mesh_axis_once():
