@@ -218,10 +218,10 @@ def test_on_a_gpu_nothing_is_as_large_as_rows_times_experts():
 
     lowered = jax.jit(both).trace(x, weight, sizes, d_out).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
-    assert "ragged_dot" not in text and text.count("dot_general") == 3
+    assert "ragged_dot" not in text and text.count("dot_general") == 6
     shapes = re.findall(r"tensor<((?:\d+x)+)(bf16|f32|i32)>", text)
     largest = max(math.prod(map(int, dims.rstrip("x").split("x"))) for dims, _ in shapes)
-    assert largest == max(experts * width * mlp, 2 * rows * width)
+    assert experts * width * mlp < largest == 2 * rows * width
 
 
 @pytest.mark.parametrize("rows", [128, 150])

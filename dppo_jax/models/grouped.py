@@ -9,17 +9,19 @@ makes a GPU ask its host at each turn. JAX's Mosaic kernels (`ragged_dot_mgpu`) 
 and nobody has run them here.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 ROW_TILES, LARGEST_TILE = (512, 256, 128), 1024  # of `tgmm`: rows, and columns of either factor
 LEAST_BLOCK, LARGEST_BLOCK = 8, 128  # rows of a CPU's product
-# Of a GPU's: about the mean of an expert, so that padding at most doubles the rows and an expert's
-# matrix is copied about twice, but no less than a tile of its matrix units; 16 blocks of 128 x 768
-# are about as many tiles as an H100 has units.
+# Of a GPU's: about the mean of an expert, so that padding at most doubles the rows and no more
+# matrices are copied than there are, but no less than a tile of its matrix units; 16 blocks of
+# 128 x 768 are about as many tiles as an H100 has units.
 LEAST_PADDED, LARGEST_PADDED, AT_ONCE = 64, 512, 16
 
 
@@ -154,9 +156,10 @@ def product_in_batches(
     sizes: Int[Array, " E"],
     turned: bool = False,
 ) -> Float[Array, "M O"]:
-    """`grouped_product`, AT_ONCE padded blocks of rows at a time; by W^T where `turned`.
+    """`grouped_product` of padded blocks of rows; by W^T where `turned`.
 
-    Each with a copy of its expert's matrix, so that no more than AT_ONCE are copied at once.
+    The first block of every expert at once, by the matrices as they lie; then the others, AT_ONCE
+    at a time with as many copies of matrices.
     """
     blocks = _PaddedBlocks(len(x), sizes)
     over = ((2,), (2 if turned else 1,)), ((0,), (0,))
@@ -165,49 +168,65 @@ def product_in_batches(
         experts, rows = at
         return None, lax.dot_general(x[rows], weight[experts], over)
 
-    batches = blocks.experts.reshape(-1, AT_ONCE), blocks.rows.reshape(-1, AT_ONCE, blocks.size)
-    _, out = lax.scan(batch, None, batches)
-    return out.reshape(-1, out.shape[-1])[blocks.place]
+    out = lax.dot_general(x[blocks.first.rows], weight, over)
+    batches = jax.tree.map(lambda leaf: leaf.reshape(-1, AT_ONCE, *leaf.shape[1:]), blocks.later)
+    _, later = lax.scan(batch, None, (batches.experts, batches.rows))
+    every = jnp.concatenate([each.reshape(-1, out.shape[-1]) for each in (out, later)])
+    return every[blocks.place]
 
 
 def gradient_in_turn(
     x: Float[Array, "M I"], d_out: Float[Array, "M O"], sizes: Int[Array, " E"]
 ) -> Float[Array, "E I O"]:
-    """X_e^T·dY_e of each expert's rows: its padded blocks are added in turn, in float32."""
+    """X_e^T·dY_e of each expert's rows, in float32: of all first blocks, then the others' in turn
+    are added."""
     blocks = _PaddedBlocks(len(x), sizes)
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
-    def block(total, at):
-        expert, *rows = at
-        some, d_some = (jnp.where(rows[1][:, None], each[rows[0]], 0) for each in (x, d_out))
-        more = jnp.dot(some.T, d_some, preferred_element_type=wide)
-        more += lax.dynamic_index_in_dim(total, expert, keepdims=False)
-        return lax.dynamic_update_index_in_dim(total, more, expert, 0), None
+    def product(rows, used):
+        some, d_some = (jnp.where(used[..., None], each[rows], 0) for each in (x, d_out))
+        return jnp.einsum("...bi,...bo->...io", some, d_some, preferred_element_type=wide)
 
-    empty = jnp.zeros((len(sizes), x.shape[1], d_out.shape[1]), wide)
-    total, _ = lax.scan(block, empty, (blocks.experts, blocks.rows, blocks.used))
+    def block(total, at: _Blocked):
+        more = lax.dynamic_index_in_dim(total, at.experts, keepdims=False)
+        more += product(at.rows, at.used)
+        return lax.dynamic_update_index_in_dim(total, more, at.experts, 0), None
+
+    total, _ = lax.scan(block, product(blocks.first.rows, blocks.first.used), blocks.later)
     return total.astype(x.dtype)
 
 
+class _Blocked(NamedTuple):
+    """Blocks of rows, each with its expert."""
+
+    experts: Int[Array, " b"]
+    rows: Int[Array, "b size"]
+    used: Bool[Array, "b size"]  # False where a row is none of the expert's
+
+
 class _PaddedBlocks:
-    """Blocks of `size` rows that begin anew with each expert, as many as it takes at the most."""
+    """The first block of each expert, and the others: as many as there can be, some of no rows."""
 
     def __init__(self, rows: int, sizes: Int[Array, " E"]):
         number = len(sizes)
         mean = max(rows // number, 1)
-        self.size = min(max(1 << mean.bit_length() - 1, LEAST_PADDED), LARGEST_PADDED)
-        most = (rows + number * (self.size - 1)) // self.size
-        most = -(-most // AT_ONCE) * AT_ONCE
-        ends, each = jnp.cumsum(sizes), -(-sizes // self.size)
-        starts, before = ends - sizes, jnp.cumsum(each) - each
-        names = jnp.arange(number)
-        self.experts = jnp.repeat(names, each, total_repeat_length=most)
-        turn = jnp.arange(most) - before[self.experts]
-        first = starts[self.experts] + turn * self.size
-        found = first[:, None] + jnp.arange(self.size)
-        self.used = found < ends[self.experts][:, None]
-        self.rows = jnp.minimum(found, rows - 1)
-        owner = jnp.repeat(names, sizes, total_repeat_length=rows)
+        size = min(max(1 << mean.bit_length() - 1, LEAST_PADDED), LARGEST_PADDED)
+        # One after the first has the `size` rows of the block before it behind it.
+        most = -(-rows // (size * AT_ONCE)) * AT_ONCE
+        ends, names = jnp.cumsum(sizes), jnp.arange(number)
+        starts, others = ends - sizes, jnp.maximum(-(-sizes // size) - 1, 0)
+        before = jnp.cumsum(others) - others
+
+        def blocked(experts, turn) -> _Blocked:
+            found = (starts[experts] + turn * size)[:, None] + jnp.arange(size)
+            used = found < ends[experts][:, None]
+            return _Blocked(experts, jnp.minimum(found, rows - 1), used)
+
+        later = jnp.repeat(names, others, total_repeat_length=most)
+        self.first = blocked(names, jnp.zeros_like(names))
+        self.later = blocked(later, 1 + jnp.arange(most) - before[later])
         # Where each row stands among the blocks'; a row of no expert anywhere.
-        place = before[owner] * self.size + jnp.arange(rows) - starts[owner]
-        self.place = jnp.minimum(place, most * self.size - 1)
+        owner = jnp.repeat(names, sizes, total_repeat_length=rows)
+        place = jnp.arange(rows) - starts[owner]
+        block = jnp.where(place < size, owner, number + before[owner] + place // size - 1)
+        self.place = jnp.minimum(block * size + place % size, (number + most) * size - 1)
