@@ -58,7 +58,7 @@ class Columns(NamedTuple):
         """The k largest and their ids, largest first; of equals the first."""
         values, ids = lax.top_k(x, min(k, x.shape[1]))
         ids = ids + self.start
-        if self.axis is None:
+        if self.axis is None or not k:
             return values, ids
         values, ids = (
             lax.all_gather(leaf, self.axis, axis=1, tiled=True) for leaf in (values, ids)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
+from jax.interpreters import mlir
 
 from dppo_jax.kernels.chips import bytes_asked_for
 from dppo_jax.plan import assigned
@@ -89,6 +90,8 @@ def compile_program(
     )
     started = time.monotonic()
     traced = program.function.trace(*program.arguments, **program.keywords)
+    if topology.platform == "gpu":
+        _sum_in_steps()
     lowered = traced.lower(lowering_platforms=("tpu" if topology.platform == "tpu" else "cuda",))
     order = [device.id for device in jax.sharding.get_mesh().devices.flat]
     trips = program.loop_trips, program.outer_trips
@@ -106,6 +109,20 @@ def compile_program(
     # Arguments that it does not use are not handed to it, but live.
     result.resident += max(0.0, bytes_of(program.arguments) - result.arguments)
     return result
+
+
+def _sum_in_steps() -> None:
+    """Cumulative sums for GPUs as for other platforms, in this process from now on.
+
+    JAX 0.12 makes one operation of them, at which the CPU's compiler, asked for a GPU's program,
+    ends the process.
+    """
+
+    def sums(x, *, axis: int, reverse: bool):
+        return jax.lax.associative_scan(jax.lax.add, x, reverse=reverse, axis=axis)
+
+    lowering = mlir.lower_fun(sums, multiple_results=False)
+    mlir.register_lowering(jax.lax.cumsum_p, lowering, platform="cuda")
 
 
 def _compiled(lowered: Any, code: bool) -> tuple[dict[str, Any], str]:

@@ -105,6 +105,16 @@ def head_on(sizes, form, inputs) -> dict:
     }
 
 
+def nothing_stored(inputs) -> list[int]:
+    """The shape of the top K where K is 0 and the vocabulary is split."""
+    hidden, matrix, *_ = inputs
+    with jax.set_mesh(MeshConfig(1, 2, 4).build()):
+        form = partial(sample, temperature=1.0, top_k_capture=0, layout=sampler_layout(BATCH))
+        drawn = jax.jit(form)(hidden, matrix, jax.random.key(0))
+    assert np.isfinite(drawn.logp).all()
+    return list(drawn.topk_logp.shape)
+
+
 def decoding() -> dict:
     """What the loop of `generate` gathers."""
     mesh, model = MeshConfig(2, 2, 2).build(), Model(MODEL)
@@ -136,7 +146,7 @@ def main() -> dict:
     )
     heads = [head_on(sizes, by_row, inputs) for sizes in MESHES]
     heads.append(head_on((2, 2, 2), replayed, inputs))
-    return {"heads": heads, "decoding": decoding()}
+    return {"heads": heads, "stored": nothing_stored(inputs), "decoding": decoding()}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Run by test_sharded_step.py with eight CPU devices: one step's loss and gradients on many meshes.
 
 With the argument each-axis on meshes of one axis, with models' names of these alone. Prints for
-each mesh the largest difference from one device, over the values and over the gradients relative to
-the largest gradient of its parameter.
+each mesh the largest difference from one device, of the values relative to the largest of their kind
+(to 1 where that is less) and of the gradients to the largest of their parameter.
 """
 
 import dataclasses
@@ -131,7 +131,7 @@ def differences(ours, theirs):
     )
     pairs = zip([value, *aux], [true_value, *true_aux], strict=True)
     return {
-        "values": max(largest(*pair) for pair in pairs),
+        "values": max(largest(a, b) / max(1.0, float(np.abs(b).max())) for a, b in pairs),
         "gradients": max(jax.tree.leaves(relative)),
     }
 

@@ -27,7 +27,7 @@ def test_replayed_routing_on_a_mesh(found):
 
 def test_experts_on_a_mesh(found):
     assert found["same_tokens"] == [True, True]
-    assert found["difference"] < 1e-5 * found["largest"]
+    assert found["difference"] < 3e-5 * found["largest"]
     assert found["experts_stored"] == 1 / 8
     # Two experts a token, tokens over four of the devices' rows.
     assert found["sorted"] == [found["tokens"] * 2 // 4]

@@ -26,6 +26,10 @@ def test_tokens_and_records_are_those_of_one_device(found):
         assert case["numbers"] < 1e-5, case
 
 
+def test_nothing_need_be_stored(found):
+    assert found["stored"] == [64, 0]
+
+
 def test_no_row_and_no_part_of_the_vocabulary_is_gathered(found):
     """Only K candidates of each device, of its own rows, and one for greedy ones."""
     for case in found["heads"]:
