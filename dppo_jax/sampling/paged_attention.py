@@ -15,23 +15,15 @@ from dppo_jax.sampling.paged_cache import Stored, View
 def with_column(view: View, new: Stored, column: Int[Array, ""]) -> View:
     """The view with one token of each slot; new leaves [B, Hkv, ...]."""
 
-    def put(room, leaf, axis):
-        if leaf is None:
-            return None
-        update = jnp.expand_dims(leaf, axis)
-        return jax.lax.dynamic_update_slice_in_dim(room, update, column, axis)
+    def put(room, leaf):
+        return jax.lax.dynamic_update_slice_in_dim(room, leaf[:, :, None], column, axis=2)
 
-    return View(*map(put, view, new, (3, 2, 2, 2)))
+    return jax.tree.map(put, view, View(*new))
 
 
 def tokens_from(view: View, first: int) -> Stored:
     """The tokens of the columns from `first` on: leaves [B, C, Hkv, ...]."""
-    scales = (None if scale is None else scale[:, :, first:] for scale in view[2:])
-    k, v = view.k[..., first:], view.v[:, :, first:]
-    return Stored(
-        jnp.moveaxis(k, 3, 1), jnp.moveaxis(v, 2, 1),
-        *(None if scale is None else jnp.moveaxis(scale, 2, 1) for scale in scales),
-    )  # fmt: skip
+    return Stored(*jax.tree.map(lambda leaf: leaf[:, :, first:].swapaxes(1, 2), view))
 
 
 def bias_of(
@@ -65,21 +57,14 @@ def attend_view(
     """
     batch, heads, size = q.shape
     groups = view.k.shape[1]
-    alone = heads == groups
     q = (q * config.attention_scale).reshape(batch, groups, heads // groups, size)
-    k, v = (x.astype(jnp.float32 if alone else q.dtype) for x in view[:2])
-    if alone:  # sums of products, which XLA fuses with the softmax where it would call a dot
-        z = jnp.sum(q[:, :, 0, :, None] * k, axis=2)[:, :, None]
-    else:
-        z = jnp.einsum("bhrd,bhdt->bhrt", q, k, preferred_element_type=jnp.float32)
+    k, v = (x.astype(q.dtype) for x in view[:2])
+    z = jnp.einsum("bhrd,bhtd->bhrt", q, k, preferred_element_type=jnp.float32)
     z = z if view.k_scale is None else z * view.k_scale[:, :, None]
     z = soft_capped(z, config.attention_soft_cap) + bias[:, None, None]
     weights = jnp.exp(z - jnp.max(z, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights if view.v_scale is None else weights * view.v_scale[:, :, None]
-    if alone:
-        out = jnp.sum(weights[:, :, 0, :, None] * v, axis=2)[:, :, None]
-    else:
-        weights = weights.astype(q.dtype)
-        out = jnp.einsum("bhrt,bhtd->bhrd", weights, v, preferred_element_type=jnp.float32)
+    weights = weights.astype(q.dtype)
+    out = jnp.einsum("bhrt,bhtd->bhrd", weights, v, preferred_element_type=jnp.float32)
     return (out / total).astype(q.dtype).reshape(batch, -1)

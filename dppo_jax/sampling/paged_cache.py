@@ -28,10 +28,9 @@ class Stored(NamedTuple):
 
 
 class SplitPages(NamedTuple):
-    """One layer's pages, of all sequences. A head's keys lie with their tokens side by side and its
-    values a token after the other: the products of both then run along what lies side by side."""
+    """One layer's pages, of all sequences; a head's tokens lie side by side."""
 
-    k: Float[Array, "pages Hkv d page_size"] | Int[Array, "pages Hkv d page_size"]
+    k: Float[Array, "pages Hkv page_size d"] | Int[Array, "pages Hkv page_size d"]
     v: Float[Array, "pages Hkv page_size d"] | Int[Array, "pages Hkv page_size d"]
     k_scale: Float[Array, "pages Hkv page_size"] | None
     v_scale: Float[Array, "pages Hkv page_size"] | None
@@ -39,20 +38,14 @@ class SplitPages(NamedTuple):
     @staticmethod
     def of(tokens: Stored) -> "SplitPages":
         """Pages of tokens [..., page_size, Hkv, d]."""
-        return SplitPages(
-            jnp.moveaxis(tokens.k, -3, -1),
-            jnp.swapaxes(tokens.v, -3, -2),
-            *(scale if scale is None else jnp.swapaxes(scale, -2, -1) for scale in tokens[2:]),
-        )
+        axis = tokens.k.ndim - 3
+        return SplitPages(*jax.tree.map(lambda leaf: leaf.swapaxes(axis, axis + 1), tokens))
 
     @property
     def tokens(self) -> Stored:
         """The contrary of `of`."""
-        return Stored(
-            jnp.moveaxis(self.k, -1, -3),
-            jnp.swapaxes(self.v, -3, -2),
-            *(scale if scale is None else jnp.swapaxes(scale, -2, -1) for scale in self[2:]),
-        )
+        axis = self.k.ndim - 3
+        return Stored(*jax.tree.map(lambda leaf: leaf.swapaxes(axis, axis + 1), self))
 
     @property
     def page_size(self) -> int:
@@ -66,10 +59,9 @@ class SplitPages(NamedTuple):
         """These pages with tokens written to place `at` of page `to`."""
 
         def put(old, leaf):
-            return None if old is None else old.at[to, :, at].set(leaf, mode="drop")
+            return old.at[to, :, at].set(leaf, mode="drop")
 
-        k = self.k.at[to, :, :, at].set(new.k, mode="drop")
-        return SplitPages(k, *map(put, self[1:], new[1:]))
+        return jax.tree.map(put, self, SplitPages(*new))
 
 
 class RaggedPages(NamedTuple):
@@ -107,7 +99,7 @@ LayerPages = SplitPages | RaggedPages
 class View(NamedTuple):
     """Keys and values of each slot's tokens in order, for a loop to read; scales as in pages."""
 
-    k: Array  # [B, Hkv, d, S]
+    k: Array  # [B, Hkv, S, d]
     v: Array  # [B, Hkv, S, d]
     k_scale: Float[Array, "B Hkv S"] | None
     v_scale: Float[Array, "B Hkv S"] | None
@@ -199,14 +191,12 @@ def view_of(pages: SplitPages, table: Int[Array, "B E"], room: int) -> View:
     page_size = pages.page_size
     table = jnp.pad(table, ((0, 0), (0, -(-room // page_size))))
 
-    def joined(leaf, axis):  # the pages' axis goes before that of a page's tokens
-        found = jnp.moveaxis(leaf[table], 1, axis)
-        shape = *found.shape[:axis], -1, *found.shape[axis + 2 :]
-        whole = found.reshape(shape)
-        return jax.lax.slice_in_dim(whole, 0, listed * page_size + room, axis=axis)
+    def joined(leaf):
+        found = leaf[table].swapaxes(1, 2)  # [B, Hkv, pages, page_size, ...]
+        whole = found.reshape(batch, found.shape[1], -1, *found.shape[4:])
+        return whole[:, :, : listed * page_size + room]
 
-    scales = (None if scale is None else joined(scale, 2) for scale in pages[2:])
-    return View(joined(pages.k, 3), joined(pages.v, 2), *scales)
+    return View(*jax.tree.map(joined, pages))
 
 
 def table_of(rows: list[list[int]], width: int, filler: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Run by test_sharded_step.py with eight CPU devices: one step's loss and gradients on many meshes.
 
 With the argument each-axis on meshes of one axis, with models' names of these alone. Prints for
-each mesh the largest difference from one device, of the values relative to the largest of their kind
-(to 1 where that is less) and of the gradients to the largest of their parameter.
+each mesh the largest difference from one device, of values relative to the largest of their kind
+(to 1 where that is less) and of gradients to the largest of their parameter.
 """
 
 import dataclasses
