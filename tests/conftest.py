@@ -23,8 +23,12 @@ from dppo_jax.verbs import command
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
-# Nearly all of the tests' time is LLVM's, on programs that run once; read when JAX first computes.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the tests' time is the compiler's, on programs that run once. Its older emitters take
+# half of it, where it still has them. Read when JAX first computes.
+QUICK = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", QUICK)
 
 # The first example of a property compiles; how long that takes says nothing.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -105,6 +109,20 @@ def every_term_recipe(toy_recipe, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("every_term") / "every_term.gin"
     path.write_text(EVERY_TERM.format(toy=toy_recipe))
     return path
+
+
+# Of XLA's search for faster programs, from -1 to 1.
+EFFORT = "JAX_EXEC_TIME_OPTIMIZATION_EFFORT"
+
+
+@pytest.fixture
+def least_effort(monkeypatch):
+    """Subprocesses that compile for TPUs make all machine code, and look for no faster one.
+
+    Not where bytes that a program moves are counted, which the search saves;
+    tpu_aot/test_head_aot.py compares the memory.
+    """
+    monkeypatch.setenv(EFFORT, "-1")
 
 
 class Finished(NamedTuple):

@@ -345,7 +345,7 @@ def test_sharded_inputs_give_the_same_values():
     here = os.path.dirname(os.path.abspath(__file__))
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join([os.path.dirname(here), here]),
     }
     run = [sys.executable, "-c", SHARDED]

@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 def environment(devices: int, programs: Path | None = None) -> dict[str, str]:
-    flags = "--xla_backend_optimization_level=0"
+    flags = os.environ["XLA_FLAGS"]
     kept = {"JAX_COMPILATION_CACHE_DIR": str(programs)} if programs else {}
     return os.environ | kept | {
         "JAX_PLATFORMS": "cpu",

@@ -17,6 +17,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.usefixtures("least_effort")
 def test_compiles_for_v5p_and_v6e_without_a_matrix_of_scores():
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "compile_attention.py"), "v5p", "v6e"],

@@ -29,6 +29,7 @@ LARGEST_SHARE = 0.1  # of N x V float32 logits
 CHIPS = ["v5e", "v5p", "v6e", "7x"]
 
 
+@pytest.mark.usefixtures("least_effort")
 @pytest.mark.parametrize("chip", CHIPS)
 def test_forward_and_backward_need_a_tenth_of_the_logits_memory(chip):
     """On one device, and with the vocabulary over all devices of four chips."""
@@ -60,7 +61,7 @@ def check_every_form(chip):
         assert row["temporary_bytes"] > 0 or parallel or row["form"] == FORWARD
 
 
-def test_effort_takes_no_more_memory(monkeypatch):
+def test_effort_takes_no_more_memory(least_effort, monkeypatch):
     """What is measured with the least of it bounds what is needed with the whole."""
     shape = (SHAPES[-1],)
     forms = ("pallas_tpu", "parallel_single_pass")
@@ -76,6 +77,7 @@ def test_what_does_not_fit_is_said():
     assert not row["fits"] and row["needed_bytes"] > 4 * 131072 * 151936
 
 
+@pytest.mark.usefixtures("least_effort")
 def test_on_a_mesh_no_logit_crosses_and_the_matrix_is_gathered_once():
     """Four chips, (fsdp, tensor) = (2, 2): the collectives of the compiled program."""
     done = subprocess.run(
