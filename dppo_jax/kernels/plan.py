@@ -123,7 +123,8 @@ def compile_table(
     follows is of one of them;
     `roofline_seconds`, the larger of 2, 8 or 6 NDV flops and the least traffic at the chip's peaks;
     `fits`. Where it is False the compiler found too little memory, `needed_bytes` is what it asked
-    for, arguments and results included, and nothing else is known. Else
+    for, arguments and results included, and nothing else is known. Where the vocabulary does not
+    go evenly over the devices, `skipped` says so, and nothing else is known either. Else
     `temporary_bytes` and `temporary_share` (of N x V float32 logits), beyond arguments and results;
     `flops` and `bytes` of the compiled program, its loops counted as often as they run;
     `compiler_seconds`, XLA's `optimal_seconds` likewise, None where XLA has none (for the Pallas
@@ -137,6 +138,12 @@ def compile_table(
         for name in names:
             if name not in known:
                 raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+    for shape in shapes:
+        if min(shape) < 1 or not 0 <= stored <= shape[2]:
+            raise ValueError(
+                f"(tokens, width, vocabulary) {tuple(shape)} with {stored} stored ids: sizes are "
+                "at least 1, and ids are of the vocabulary"
+            )
     request = {"chips": chips, "shapes": shapes, "forms": forms, "stored": stored}
     done = subprocess.run(
         [sys.executable, "-m", "dppo_jax.kernels.plan", json.dumps(request)],
@@ -165,6 +172,10 @@ def _rows(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             compiled: dict[str, dict[str, float]] = {}
             for form in request["forms"]:
                 mesh = mesh_of(len(devices) if FORMS[form].parallel else 1)
+                if shape[2] % mesh.size:
+                    reason = f"a vocabulary of {shape[2]} is not divisible by {mesh.size} devices"
+                    yield {"chip": name, "form": form, "fits": False, "skipped": reason}
+                    continue
                 with jax.set_mesh(mesh):
                     yield _row(name, form, mesh, tuple(shape), request["stored"], compiled)
 

@@ -161,6 +161,8 @@ def _compile_head(options: argparse.Namespace) -> None:
 
 
 def _compiled(row: dict[str, Any]) -> str:
+    if "skipped" in row:
+        return f"skipped: {row['skipped']}"
     if not row["fits"]:
         return f"does not fit: needs {row['needed_bytes'] / 2**30:.1f} GiB"
     seconds = row["compiler_seconds"]

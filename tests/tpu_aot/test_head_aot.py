@@ -75,6 +75,8 @@ def test_effort_takes_no_more_memory(least_effort, monkeypatch):
 def test_what_does_not_fit_is_said():
     (row,) = compile_table(("v5e",), ((131072, 128, 151936),), ("naive",))
     assert not row["fits"] and row["needed_bytes"] > 4 * 131072 * 151936
+    (row,) = compile_table(("v5e",), ((8, 128, 301),), ("parallel",))
+    assert row["skipped"] == "a vocabulary of 301 is not divisible by 4 devices"
 
 
 @pytest.mark.usefixtures("least_effort")
@@ -104,3 +106,5 @@ def test_names_are_checked_before_anything_is_compiled():
         compile_table(("v9",))
     with pytest.raises(ValueError, match="unknown form 'dense'; known: naive"):
         compile_table(("v5e",), forms=("dense",))
+    with pytest.raises(ValueError, match=r"\(0, 8, 9\) with 20 stored ids: sizes are at least 1"):
+        compile_table(("v5e",), ((0, 8, 9),))
