@@ -226,21 +226,20 @@ class Elsewhere:
         def draw() -> Rollout:
             wait()
             with jax.set_mesh(self._mesh):
-                drawn = self._source.rollout(
-                    sent, there, key, settings, first=first, version=version
+                drawn = jax.block_until_ready(
+                    self._source.rollout(sent, there, key, settings, first=first, version=version)
                 )
-                return jax.block_until_ready(jax.device_put(drawn, batch_sharding(self._mesh)))
+            return self._over(drawn, self._mesh, self._home)
 
         def finish() -> Rollout:
             with self._turn:
                 self._turn.wait_for(lambda: self._done == place)
             try:
-                drawn = draw()
+                return draw()
             finally:
                 with self._turn:
                     self._done += 1
                     self._turn.notify_all()
-            return self._over(drawn, self._mesh, self._home)
 
         return finish
 

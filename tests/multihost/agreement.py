@@ -93,7 +93,7 @@ def drawn_apart() -> dict:
     apart = Elsewhere(Lockstep, context, sampling)
     with jax.set_mesh(mesh):
         drawn = [
-            source.rollout(params, prompts, jax.random.key(1), settings)
+            jax.block_until_ready(source.rollout(params, prompts, jax.random.key(1), settings))
             for source in (Lockstep(context), apart)
         ]
     found = [multihost.to_local_rows(each.logp_rollout, rows) for each in drawn]
