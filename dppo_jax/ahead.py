@@ -83,9 +83,8 @@ class AheadCollector:
 
     def begins(self) -> dict[str, Any]:
         """Where the prompts in flight begin, which a resumed run asks again."""
-        if (
-            jax.process_count() > 1
-        ):  # Orbax has its hosts meet on all devices, those that sample too
+        if jax.process_count() > 1:
+            # Orbax has its hosts meet on all devices, those that sample too.
             for flight in self._flights:
                 flight.drawn.exception()
         return self._flights[0].begins if self._flights else self._prompts.get_state()
