@@ -191,18 +191,9 @@ class Elsewhere:
             "weights/bytes_sent": self._transfer.bytes,
         }
 
-    def rollout(
-        self,
-        params: Params,
-        prompts: Prompts,
-        key: Array,
-        settings: SamplingConfig,
-        *,
-        first: int = 0,
-        version: int = 0,
-    ) -> Rollout:
-        """See `RolloutSource`."""
-        return self.begin(params, prompts, key, settings, first=first, version=version)()
+    def rollout(self, *asked: Any, **settled: Any) -> Rollout:
+        """See `RolloutSource`, whose arguments are those of `begin`."""
+        return self.begin(*asked, **settled)()
 
     def begin(
         self,

@@ -201,12 +201,9 @@ def test_processes_agree(tmp_path):
         assert each["engine"]["own"] == alone["tokens"][here * 4 : here * 4 + 4]
         np.testing.assert_allclose(each["engine"]["logp"], alone["logp"], atol=1e-5)
         # one device of each process draws for the other, which trains
-        assert (
-            each["sampler"]["same"] and "on several hosts goes with" in each["sampler"]["refused"]
-        )
-        assert (
-            1 <= each["sampler"]["bytes"] < 1.2
-        )  # norms are whole on each, all else is there once
+        sampler = each["sampler"]
+        assert sampler["same"] and "on several hosts goes with" in sampler["refused"]
+        assert 1 <= sampler["bytes"] < 1.2  # norms are whole on each, all else is there once
     # an error of one process ends both, with its own status and words
     assert [e.status for e in ended] == [2, 2]
     assert ended[1].told == ["dppo: the verifier's server did not start"]
