@@ -12,11 +12,12 @@ sampler has more devices than pieces a second program divides them. No array is 
 host, and none crosses twice where the trainer's devices are a multiple of the sampler's.
 """
 
+import collections
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +26,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from dppo_jax.models.decoder import Params
-from dppo_jax.multihost import row_share, to_global_rows, to_local_rows
+from dppo_jax.multihost import row_parts, to_global_rows, to_local_rows
 from dppo_jax.records import Prompts, Rollout
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sampling.rollouts import Lockstep, RolloutContext
 from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides
 
 
-def divide(devices: Sequence[Any], sampler: int) -> tuple[list[Any], list[Any]]:
+def host_of(device: Any) -> int:
+    """The process that a device is of."""
+    return device.process_index
+
+
+def divide(
+    devices: Sequence[Any], sampler: int, host_of: Callable[[Any], int] = host_of
+) -> tuple[list[Any], list[Any]]:
     """The first `sampler` devices of each host, and those that train; ValueError where none do."""
     hosts: dict[int, list[Any]] = {}
     for device in devices:
-        hosts.setdefault(device.process_index, []).append(device)
+        hosts.setdefault(host_of(device), []).append(device)
     fewest = min(map(len, hosts.values()))
     if not 0 <= sampler < fewest:
         raise ValueError(
@@ -47,6 +55,33 @@ def divide(devices: Sequence[Any], sampler: int) -> tuple[list[Any], list[Any]]:
     # Host after host, so that each side's rows and pieces of weights lie on the same hosts.
     sampling = [device for own in hosts.values() for device in own[:sampler]]
     return sampling, [device for own in hosts.values() for device in own[sampler:]]
+
+
+def sampler_mesh(home: Mesh, devices: Sequence[Any], width: int) -> Mesh:
+    """The mesh of the devices that sample; ValueError where it takes no model of that width, or
+    where hosts hold other rows of it than of the trainer's."""
+    there = MeshConfig(fsdp=len(devices)).build(devices)
+    check_divides(there, "embed", {"width": width})
+    if row_parts(there) != row_parts(home):
+        raise ValueError(
+            f"sampler_devices: the mesh {dict(home.shape)} of the devices that train gives a host "
+            "other prompts than those that sample; let each host's devices be whole rows of it"
+        )
+    return there
+
+
+def check_source(there: Mesh, lockstep: bool) -> None:
+    """Refuses a source that samples on the devices of one host alone."""
+    if len({host_of(device) for device in there.devices.flat}) > 1 and not lockstep:
+        raise ValueError("sampler_devices on several hosts goes with rollouts = @rollouts.Lockstep")
+
+
+class Course(NamedTuple):
+    """How an array lies as it leaves, as it arrives, and as it is wanted there."""
+
+    leaves: NamedSharding
+    arrives: NamedSharding
+    wanted: NamedSharding
 
 
 class Transfer:
@@ -95,55 +130,69 @@ class Transfer:
     def _arrived(self, leaves: list[Array]) -> list[Array]:
         if not leaves:
             return []
-        wanted = [self._wanted(leaf) for leaf in leaves]
-        halves = [self._pieces(goal, leaf.ndim) for goal, leaf in zip(wanted, leaves, strict=True)]
-        departing = self._laid_out(leaves, [NamedSharding(self._sent_from, at) for at in halves])
-        copies = [self._copied(*each) for each in zip(departing, halves, wanted, strict=True)]
-        self.bytes = float(
-            sum(x.sharding.num_devices * math.prod(x.sharding.shard_shape(x.shape)) * x.itemsize
-                for x in copies)
-        )  # fmt: skip
-        return self._laid_out(copies, wanted)
+        courses = [self.course(leaf) for leaf in leaves]
+        departing = self._laid_out(leaves, [course.leaves for course in courses])
+        copies = [
+            self._copied(leaf, course.arrives)
+            for leaf, course in zip(departing, courses, strict=True)
+        ]
+        self.bytes = sum(len(self._routes) * bytes_of_a_shard(leaf) for leaf in copies)
+        return self._laid_out(copies, [course.wanted for course in courses])
 
-    def _wanted(self, leaf: Array) -> NamedSharding:
+    def course(self, leaf: Any) -> Course:
+        """Of an array of the home mesh, or a ShapeDtypeStruct: in pieces along the dimension that
+        the sampler's mesh splits."""
         assert isinstance(leaf.sharding, NamedSharding), "parameters lie on a mesh"
-        return NamedSharding(self._there, leaf.sharding.spec)
-
-    def _pieces(self, goal: NamedSharding, dimensions: int) -> PartitionSpec:
-        """The pieces along the dimension that the sampler's mesh splits."""
-        spec = (*goal.spec, *(None,) * (dimensions - len(goal.spec)))
+        wanted = NamedSharding(self._there, leaf.sharding.spec)
+        spec = (*wanted.spec, *(None,) * (leaf.ndim - len(wanted.spec)))
         split = ["fsdp" in ((part,) if isinstance(part, str) else part or ()) for part in spec]
-        return PartitionSpec(*("piece" if here else None for here in split))
+        pieces = PartitionSpec(*("piece" if here else None for here in split))
+        arrives = NamedSharding(self._sent_to, pieces)
+        arrives = wanted if wanted.is_equivalent_to(arrives, leaf.ndim) else arrives
+        return Course(NamedSharding(self._sent_from, pieces), arrives, wanted)
+
+    @property
+    def most_sent(self) -> int:
+        """Devices that the same one sends its piece to, at the most."""
+        return max(collections.Counter(self._routes.values()).values())
 
     def _laid_out(self, leaves: list[Array], shardings: list[NamedSharding]) -> list[Array]:
         """The arrays as they are asked for, by one program for all that lie otherwise."""
         asked = list(zip(leaves, shardings, strict=True))
-        moved = [leaf for leaf, goal in asked if not _same(leaf, goal)]
+        moved = [leaf for leaf, goal in asked if not lies_so(leaf, goal)]
         if not moved:
             return leaves
-        goals = tuple(goal for leaf, goal in asked if not _same(leaf, goal))
+        goals = tuple(goal for leaf, goal in asked if not lies_so(leaf, goal))
         if goals not in self._programs:
-            self._programs[goals] = jax.jit(lambda arrays: arrays, out_shardings=list(goals))
+            self._programs[goals] = relaying(goals)
         mesh = goals[0].mesh
         assert isinstance(mesh, Mesh), "arrays of a run live on real devices"
         with jax.set_mesh(mesh):
             made = iter(self._programs[goals](moved))
-        return [leaf if _same(leaf, goal) else next(made) for leaf, goal in asked]
+        return [leaf if lies_so(leaf, goal) else next(made) for leaf, goal in asked]
 
-    def _copied(self, leaf: Array, spec: PartitionSpec, wanted: NamedSharding) -> Array:
-        """The same pieces on the other side's devices, as they are wanted there if that is so."""
+    def _copied(self, leaf: Array, arrives: NamedSharding) -> Array:
+        """The same pieces on the other side's devices."""
         at_home = {shard.device: shard.data for shard in leaf.addressable_shards}
         parts = [
             jax.device_put(at_home[source], target)
             for target, source in self._routes.items()
             if source in at_home
         ]
-        goal = NamedSharding(self._sent_to, spec)
-        goal = wanted if wanted.is_equivalent_to(goal, leaf.ndim) else goal
-        return jax.make_array_from_single_device_arrays(leaf.shape, goal, parts)
+        return jax.make_array_from_single_device_arrays(leaf.shape, arrives, parts)
 
 
-def _same(leaf: Array, goal: NamedSharding) -> bool:
+def bytes_of_a_shard(leaf: Any) -> float:
+    """Of an array with a sharding, or a ShapeDtypeStruct."""
+    return float(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize)
+
+
+def relaying(goals: Sequence[NamedSharding]) -> Any:
+    """The program that lays arrays out so."""
+    return jax.jit(lambda arrays: arrays, out_shardings=list(goals))
+
+
+def lies_so(leaf: Any, goal: NamedSharding) -> bool:
     return leaf.sharding.is_equivalent_to(goal, leaf.ndim)
 
 
@@ -166,20 +215,10 @@ class Elsewhere:
     elsewhere = True
 
     def __init__(self, make: Any, context: RolloutContext, devices: Sequence[Any]):
-        self._home, self._mesh = context.mesh, MeshConfig(fsdp=len(devices)).build(devices)
-        check_divides(self._mesh, "embed", {"width": context.model.config.width})
+        self._home = context.mesh
+        self._mesh = sampler_mesh(self._home, devices, context.model.config.width)
         self._source = make(context._replace(mesh=self._mesh))
-        if jax.process_count() > 1:
-            if not isinstance(self._source, Lockstep):
-                raise ValueError(
-                    "sampler_devices on several hosts goes with rollouts = @rollouts.Lockstep"
-                )
-            if row_share(self._mesh) != row_share(self._home):
-                raise ValueError(
-                    f"sampler_devices: the mesh {dict(self._home.shape)} of the devices that train "
-                    "gives a host other prompts than those that sample; let each host's devices "
-                    "be whole rows of it"
-                )
+        check_source(self._mesh, isinstance(self._source, Lockstep))
         self._transfer = Transfer(self._home, self._mesh)
         # One rollout at a time, in the order in which they were asked for: that of all hosts.
         self._turn, self._asked, self._done = threading.Condition(), 0, 0

@@ -31,7 +31,15 @@ class RowShare:
 
 
 def row_share(mesh: Mesh) -> RowShare:
-    """How the processes of a mesh share its rows; ValueError where parts would overlap."""
+    """What this process holds of the rows of a mesh; ValueError where parts would overlap."""
+    of = row_parts(mesh)
+    count = max(of.values()) + 1
+    leaders = tuple(min(p for p in of if of[p] == part) for part in range(count))
+    return RowShare(of[jax.process_index()], count, leaders)
+
+
+def row_parts(mesh: Mesh) -> dict[int, int]:
+    """Which part of its rows each process of a mesh holds; ValueError where parts would overlap."""
     where: Any = batch_sharding(mesh).devices_indices_map((mesh.size,))
     places: dict[int, set[int]] = {}
     for device, (rows,) in where.items():
@@ -39,12 +47,10 @@ def row_share(mesh: Mesh) -> RowShare:
     parts = sorted({tuple(sorted(each)) for each in places.values()})
     if sum(map(len, parts)) != len(set().union(*parts)) or len({len(part) for part in parts}) > 1:
         raise ValueError(
-            f"mesh {dict(mesh.shape)}: {jax.process_count()} hosts would hold overlapping parts of"
+            f"mesh {dict(mesh.shape)}: {len(places)} hosts would hold overlapping parts of"
             " a batch; let each host's devices be a whole block of the mesh"
         )
-    of = {process: parts.index(tuple(sorted(each))) for process, each in places.items()}
-    leaders = tuple(min(p for p in of if of[p] == part) for part in range(len(parts)))
-    return RowShare(of[jax.process_index()], len(parts), leaders)
+    return {process: parts.index(tuple(sorted(each))) for process, each in places.items()}
 
 
 def to_global_rows(rows: Any, sharding: NamedSharding) -> Any:

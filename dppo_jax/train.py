@@ -315,7 +315,7 @@ def train(
             rollout, rewards, examples, answers, sampled = collect(
                 mu, step_key, clock, version=step, **ahead
             )
-
+            del mu  # a cast copy of the weights, whose room the updates may need
             batch, known = batch_of(state, frozen, rollout, rewards, base)
             jax.block_until_ready(batch)
             clock.lap("scoring")

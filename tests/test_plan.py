@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from dppo_jax.kernels.chips import CHIPS
-from dppo_jax.plan import topology
+from dppo_jax.plan import cuda, topology
 from dppo_jax.plan.assigned import sizes_of
 from dppo_jax.plan.hlo import costs_of
 from dppo_jax.plan.hlo_text import beyond, group_size
@@ -280,7 +280,7 @@ def test_a_scaling_table_says_what_does_not_scale():
 
 
 def test_a_plan_for_gpus_by_the_verb():
-    """Two cards: every program of the arithmetic recipe, memory by the compiler of this CPU."""
+    """Two cards: every program of the arithmetic recipe, by whichever compiler is here."""
     command = [sys.executable, "-m", "dppo_jax", "plan", "configs/recipes/arithmetic_cpu.gin"]
     overrides = ["PROMPTS_PER_STEP=8", "decoder.DecoderConfig.layers=2", "MAX_NEW_TOKENS=9"]
     done = subprocess.run(
@@ -294,7 +294,8 @@ def test_a_plan_for_gpus_by_the_verb():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     plan = json.loads(done.stdout)
-    assert (plan["chips"], plan["mesh"], plan["estimated_memory"]) == (2, {"fsdp": 2}, True)
+    assert (plan["chips"], plan["mesh"]) == (2, {"fsdp": 2})
+    assert plan["estimated_memory"] == (not cuda.installed())
     programs = plan["programs"]
     assert list(programs) == ["weight sync", "prefill", "decode", "scoring", "update"]
     assert plan["fits"] and all(p["left"] > 0 for p in programs.values())
@@ -331,9 +332,11 @@ except ValueError as error:
     assert str(error) == "does not fit"
 else:
     raise AssertionError("it went on")
+from dppo_jax.plan import topology
+card = topology.parse("h100:1")
+topology.prepare([card])
 from dppo_jax.config import load_recipe
 from dppo_jax.models.grouped import grouped_product
-from dppo_jax.plan import topology
 from dppo_jax.plan.kept import Kept
 from dppo_jax.plan.programs import Settings
 from dppo_jax.plan.scaling import spread
@@ -348,7 +351,6 @@ overrides += ["decoder.DecoderConfig.layers=2"]
 path = "configs/recipes/arithmetic_cpu.gin"
 recipe = load_recipe(path, train, overrides, ("workdir", "console", "configuration"))
 settings = Settings(**recipe.arguments(*Settings.names()))
-card = topology.parse("h100:1")
 folder = pathlib.Path(tempfile.mkdtemp())
 first = plan_step(settings, card, ("update",), kept=Kept(folder)).programs[0]
 needed = first.total
@@ -403,7 +405,8 @@ def test_changes_are_compiled_before_they_are_told():
         assert each["fits"] == (program["after"] <= 0.5 * tried["needed"])
         assert each["change"] in each["said"] and each["change"].startswith("--gin.")
     halved = next(each for each in tried["found"] if "microbatches=2" in each["change"])
-    assert halved["programs"]["update"]["after"] < 0.8 * tried["needed"]
+    room = 2**25 if cuda.installed() else 0  # that cuBLAS works in, whatever the sizes
+    assert halved["programs"]["update"]["after"] - room < 0.8 * (tried["needed"] - room)
     # 64 sequences of 8 + 15 cells, 16 rows at once, every one of them with its prompt.
     assert tried["packed"]["turns"] == 4
     least = 6 * 64 * 23 * 2 * 128 * (4 * 128 + 3 * 384)

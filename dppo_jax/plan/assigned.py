@@ -24,8 +24,9 @@ import jax
 
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.+):$", re.MULTILINE)
 _ASSIGNMENT = "*after_optimizations-buffer-assignment.txt"
-_PROGRAM = (  # as a TPU's compiler names it, and a CPU's
+_PROGRAM = (  # as a TPU's compiler names it, a CPU's, and a GPU's
     "*.after_optimizations_after_buffer_assignment.txt", "*.cpu_after_optimizations.txt",
+    "*_gpu_after_optimizations.txt",
 )  # fmt: skip
 _SECONDS = 0.5  # between two looks
 
@@ -102,6 +103,10 @@ def sizes_of(assignment: str) -> dict[str, float]:
     return found
 
 
+class Ended(RuntimeError):
+    """A process that ended before it had answered."""
+
+
 def in_child(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The function's dict from a process that ends with it; a ValueError of its own goes on.
 
@@ -120,7 +125,7 @@ def in_child(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if isinstance(answer, ValueError):
         raise answer
     if answer is None:
-        raise RuntimeError(f"a compilation ended with status {child.exitcode}: see above")
+        raise Ended(f"a compilation ended with status {child.exitcode}: see above")
     return answer
 
 

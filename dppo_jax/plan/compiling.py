@@ -10,9 +10,10 @@ from jax.interpreters import mlir
 
 from dppo_jax.kernels.chips import bytes_asked_for
 from dppo_jax.plan import assigned
+from dppo_jax.plan.abstract import bytes_of
 from dppo_jax.plan.hlo import Costs, costs_of
 from dppo_jax.plan.kept import Kept
-from dppo_jax.plan.programs import Program, bytes_of
+from dppo_jax.plan.programs import Program
 from dppo_jax.plan.topology import Topology
 
 
@@ -90,7 +91,7 @@ def compile_program(
     )
     started = time.monotonic()
     traced = program.function.trace(*program.arguments, **program.keywords)
-    if topology.platform == "gpu":
+    if topology.estimated:
         _sum_in_steps()
     lowered = traced.lower(lowering_platforms=("tpu" if topology.platform == "tpu" else "cuda",))
     order = [device.id for device in jax.sharding.get_mesh().devices.flat]

@@ -8,7 +8,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dppo_jax.kernels import tiles
-from dppo_jax.plan.programs import Program, Settings, Step, bytes_of, laid_out
+from dppo_jax.plan.abstract import bytes_of, laid_out
+from dppo_jax.plan.programs import Program, Settings, Step
 from dppo_jax.sampling import engine_programs
 from dppo_jax.sampling.engine_config import EngineConfig
 from dppo_jax.sampling.engine_device import empty_arrays, programs_of, shards_of, widths_of

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 from dppo_jax.kernels.chips import Chip, Node
+from dppo_jax.plan import library_calls
 from dppo_jax.plan.hlo_text import Instruction, beyond, called, group_size, number, parse
 
 COLLECTIVES = (
@@ -186,7 +187,7 @@ class _Module:
         self, i: Instruction, operands: list[Instruction], fused: dict[str, Instruction]
     ) -> float:
         """Bytes to and from HBM: read and written; of a slice or an update, that part only."""
-        written = [shape for shape in i.shapes if shape.in_hbm]
+        written = [shape for shape in library_calls.results(i) if shape.in_hbm]
         if i.opcode in ("copy-start", "slice-start"):
             # (to, from, context) of a copy, ((from), to, context) of a slice
             to = i.shapes[0 if i.opcode == "copy-start" else 1]
@@ -272,12 +273,12 @@ class _Module:
 
 
 def _product_flops(i: Instruction, around: dict[str, Instruction]) -> float:
-    """2 x multiply-adds of a product of matrices; of a kernel, what its author says."""
+    """2 x multiply-adds of a product of matrices."""
+    operands = [around[name] for name in i.operands if name in around]
     if i.opcode == "custom-call":
-        return number(i.attributes, "flops")
+        return library_calls.flops(i, operands)
     if i.opcode not in ("dot", "convolution", "ragged-dot"):
         return 0.0
-    operands = [around[name] for name in i.operands if name in around]
     if len(operands) < 2:
         return 0.0
     out, left, right = (math.prod(x.shapes[0].dims) for x in (i, operands[0], operands[1]))

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dppo_jax.kernels.chips import ENVIRONMENT
+from dppo_jax.plan import cuda
 from dppo_jax.plan.topology import Topology
 
 # Whose change changes what is kept: compilers, their settings, and what asks them.
-_COMPILERS = ("jax", "jaxlib", "libtpu")
+_COMPILERS = ("jax", "jaxlib", "libtpu", cuda.PLUGIN)
 _ASKS = "assigned.py"
 
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dppo_jax import packing
 from dppo_jax.advantages import Estimator
+from dppo_jax.ahead import check_ahead
 from dppo_jax.batches import RewardPenalty, make_batch_of, needs_of
 from dppo_jax.critic import ValueHead, ValueModel
 from dppo_jax.initial_policy import InitialPolicy
@@ -25,9 +26,10 @@ from dppo_jax.kernels.single_pass import chunk_tokens
 from dppo_jax.lora_run import network_of
 from dppo_jax.models.decoder import DecoderConfig
 from dppo_jax.models.lora import LoraConfig, LoraModel
+from dppo_jax.plan.abstract import bytes_of, laid_out
 from dppo_jax.preflight import check_layout, check_routing
 from dppo_jax.records import Objective, Prompts, Rollout, TrainState
-from dppo_jax.rollout_policy import RolloutPolicy
+from dppo_jax.rollout_policy import RolloutPolicy, chained, stale
 from dppo_jax.sampling import generate
 from dppo_jax.sampling.rollouts import MakeRollouts
 from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of, spec_of
@@ -51,6 +53,8 @@ class Settings:
     critic: ValueHead | ValueModel | None
     lora: LoraConfig | None
     routing: str
+    async_depth: int
+    sampler_devices: int
     steps: int
     prompts_per_step: int
     max_prompt_tokens: int
@@ -89,27 +93,6 @@ class Program:
     cache: float = 0.0  # bytes a device of keys and values, among its temporaries
 
 
-def bytes_of(tree: Any) -> float:
-    """Bytes a device of the ShapeDtypeStructs in a pytree, all with shardings."""
-    return sum(
-        float(math.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if isinstance(leaf, jax.ShapeDtypeStruct)
-    )
-
-
-def laid_out(tree: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs with these shardings: one for all, or a pytree of them."""
-    if isinstance(shardings, jax.sharding.Sharding):
-        only = shardings
-        shardings = jax.tree.map(lambda _: only, tree)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        shardings,
-    )
-
-
 class Step:
     """A training step of `settings` on `mesh`: its arrays, and its programs one by one.
 
@@ -120,12 +103,17 @@ class Step:
         s = settings
         # No tokenizer is read; that a response may end is what the decoding loop depends on.
         check_routing(s.model, s.routing)
+        check_ahead(s.async_depth, None, s.rollout_batches, None, s.rollout_policy)
+        policy = s.rollout_policy
+        if s.async_depth:
+            policy = chained([stale(s.async_depth), policy])
         sampling = dataclasses.replace(
             s.sampling,
             end_ids=s.sampling.end_ids or (0,),
             record_experts=s.routing == "replay",
         )
-        self.settings, self.mesh = dataclasses.replace(s, sampling=sampling), mesh
+        s = dataclasses.replace(s, sampling=sampling, rollout_policy=policy)
+        self.settings, self.mesh = s, mesh
         check_layout(
             s.model, sampling, mesh, s.steps, s.prompts_per_step, s.minibatches, s.microbatches,
             s.max_prompt_tokens, s.rollout_batches,
@@ -222,19 +210,35 @@ class Step:
         return sampled + (bytes_of(self.params) if self.exact_old else 0.0)
 
     @property
+    def handed_on(self) -> list[int | None]:
+        """Of each array to sample with: which one of the policy's it is, where it is no copy."""
+        jaxpr = jax.make_jaxpr(self.settings.rollout_policy.choose)(*self._choice()).jaxpr
+        first = len(jax.tree.leaves(self.state.rollout_memory))
+        given = {id(each): place - first for place, each in enumerate(jaxpr.invars)}
+        chosen = jaxpr.outvars[: len(jax.tree.leaves(self.sampled_with))]
+        return [given.get(id(each)) for each in chosen]  # see `rollout_policy.chooser`
+
+    @property
+    def trained(self) -> float:
+        """Bytes a device of what lives from step to step."""
+        return bytes_of(self.state) + bytes_of(self.base) + self._referred
+
+    @property
+    def ahead(self) -> float:
+        """Bytes a device of rollouts that have been drawn for later steps."""
+        return self.settings.async_depth * bytes_of(self._rollout())
+
+    @property
     def while_sampling(self) -> float:
         """Bytes a device of what waits while responses are drawn."""
-        # Where the policy hands on what it was given, there is no copy (`rollout_policy.chooser`).
-        jaxpr = jax.make_jaxpr(self.settings.rollout_policy.choose)(*self._choice())
-        own = set(map(id, jaxpr.jaxpr.outvars)) <= set(map(id, jaxpr.jaxpr.invars))
-        trained = bytes_of(self.state) + bytes_of(self.base)
-        waiting = trained - (bytes_of(self.policy) if own else 0.0)
-        return waiting + self._referred + self._kept + bytes_of(self._rollout())
+        policy = jax.tree.leaves(self.policy)
+        own = bytes_of([policy[place] for place in self.handed_on if place is not None])
+        return self.trained - own + self._kept + bytes_of(self._rollout()) + self.ahead
 
     def weight_sync(self) -> Program:
         """From the trainer's parameters to those to sample with."""
         given = self._choice()
-        waiting = bytes_of(self.state) + bytes_of(self.base) - bytes_of(given[:2]) + self._referred
+        waiting = self.trained - bytes_of(given[:2]) + self.ahead
         choose = jax.jit(self.settings.rollout_policy.choose, donate_argnums=0)
         return Program("weight sync", choose, given, waiting)
 
@@ -329,7 +333,7 @@ class Step:
         """From the rollout and its rewards to the batch, the whole step's at once."""
         function, given = self._batch_of()
         twice = self._referred - bytes_of(self.reference)  # a base that is the reference
-        return Program("scoring", jax.jit(function), given, self._kept + twice)
+        return Program("scoring", jax.jit(function), given, self._kept + twice + self.ahead)
 
     def update(self) -> Program:
         """One gradient step."""
@@ -360,7 +364,7 @@ class Step:
             arguments.append(laid_out(jax.eval_shape(lambda: plan), self._whole))
         split = spec_of(("tokens",), self.mesh, "compute")
         local = NamedSharding(self.mesh, split).shard_shape((tokens // microbatches,))[0]
-        waiting = bytes_of(whole) + self._referred
+        waiting = bytes_of(whole) + self._referred + self.ahead
         return Program(
             "update",
             function,

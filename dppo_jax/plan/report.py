@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from dppo_jax.kernels.chips import GIB
+from dppo_jax.plan.apart import IN, OUT, Sides
 from dppo_jax.plan.compiling import Compiled
 from dppo_jax.plan.engine import engine_of
 from dppo_jax.plan.step_plan import StepPlan
@@ -76,10 +77,27 @@ def text_of(plan: StepPlan, price: float | None = None) -> str:
 def _title(plan: StepPlan) -> str:
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one device"
     kind = "GPUs" if plan.topology.platform == "gpu" else "chips"
-    return (
+    title = (
         f"{plan.topology.name}: {plan.topology.chips} {kind} of "
         f"{_gib(plan.topology.chip.hbm_bytes)} GiB, mesh {mesh}; all numbers are of one of them"
     )
+    if sides := plan.sides:
+        title += (
+            f"\n{sides.training} train on that mesh (weight sync, {OUT}, scoring, update), "
+            f"{sides.sampling} sample ({IN}, the others)"
+        )
+    return title
+
+
+def _overlap(sides: Sides, plan: StepPlan) -> list[str]:
+    found = sides.seconds(plan.programs)
+    how = f"{sides.depth} ahead, the longer of the two" if sides.depth else "in turn, their sum"
+    return [
+        f"both sides {how}: trainer {_seconds(found['trainer'])} s, sampler "
+        f"{_seconds(found['sampler'])} with {sides.sent / 1e9:.3g} GB of weights sent in "
+        f"{_seconds(sides.copy_seconds)}",
+        f"idle: trainer {found['trainer_idle']:.0%}, sampler {found['sampler_idle']:.0%}",
+    ]
 
 
 def _step(plan: StepPlan, price: float | None) -> list[str]:
@@ -89,6 +107,7 @@ def _step(plan: StepPlan, price: float | None) -> list[str]:
         parts = ", ".join(f"{p.name} {_seconds(p.runs * p.seconds)}" for p in plan.programs)
         lines = [
             f"a step: {plan.step_seconds:.1f} s ({parts})",
+            *(_overlap(plan.sides, plan) if plan.sides else []),
             f"tokens a second a chip: {plan.tokens_per_second_per_chip:.1f} "
             f"({s.tokens_a_step:,} response tokens a step)",
         ]
@@ -120,10 +139,16 @@ def _step(plan: StepPlan, price: float | None) -> list[str]:
             "The recipe samples by another source; prefill and decode are the lockstep sampler's."
         )
     if node := plan.topology.node:
-        lines.append(
+        by = (
             "Memory and work are an estimate: as XLA's CPU compiler assigns and orders them for as "
             "many devices,\nbfloat16 kept. A GPU's own kernels (its attention keeps no scores) and "
-            f"fusions are not in it. Links are\nNVLink's in a node of {node.devices}, and "
+            "fusions are not in it."
+            if plan.topology.estimated
+            else "Memory and work are those of XLA's GPU compiler (JAX's CUDA plugin), which could "
+            "measure nothing:\nevery product is cuBLAS's."
+        )
+        lines.append(
+            f"{by} Links are\nNVLink's in a node of {node.devices}, and "
             f"{node.network_bytes / 1e9:g} GB/s a card between nodes."
         )
     return lines

@@ -23,6 +23,8 @@ def spread(settings: Settings, chips: int) -> Settings:
     Where a rollout batch has too few prompts for all of them, there are fewer, larger ones.
     """
     s, mesh = settings, settings.mesh
+    if s.sampler_devices:
+        raise ValueError("--scaling is of steps on one mesh: leave sampler_devices at 0")
     prompts = s.prompts_per_step // s.minibatches
     sequence = mesh.sequence
     while (rows := chips // (mesh.tensor * sequence)) > prompts:

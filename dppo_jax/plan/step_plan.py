@@ -8,11 +8,12 @@ from typing import Any
 import jax
 
 from dppo_jax.kernels.chips import GIB
-from dppo_jax.plan import engine
-from dppo_jax.plan.assigned import in_child
+from dppo_jax.plan import apart, engine
+from dppo_jax.plan.apart import ApartStep, Sides, side_of
+from dppo_jax.plan.assigned import Ended, in_child
 from dppo_jax.plan.compiling import Compiled, compile_program
 from dppo_jax.plan.kept import Kept
-from dppo_jax.plan.programs import Settings, Step
+from dppo_jax.plan.programs import Program, Settings, Step
 from dppo_jax.plan.topology import Topology
 
 Report = Callable[[str], None]
@@ -27,6 +28,12 @@ class StepPlan:
     settings: Settings
     programs: list[Compiled] = field(default_factory=list)
     code: bool = True  # whether programs were compiled to their end
+    sides: Sides | None = None  # where some devices sample and the others train
+
+    @property
+    def training(self) -> int:
+        """Devices of the mesh of the recipe."""
+        return self.sides.training if self.sides else self.topology.chips
 
     @property
     def fits(self) -> bool:
@@ -40,6 +47,8 @@ class StepPlan:
     @property
     def step_seconds(self) -> float:
         """Of one step: every response as long as may be, rewards and host work left out."""
+        if self.sides:
+            return self.sides.seconds(self.programs)["step"]
         return sum(program.runs * program.seconds for program in self.programs)
 
     @property
@@ -57,12 +66,18 @@ class StepPlan:
             "chips": self.topology.chips,
             "mesh": self.mesh,
             "hbm_bytes": self.topology.chip.hbm_bytes,
-            "estimated_memory": self.topology.platform == "gpu",
+            "estimated_memory": self.topology.estimated,
             "fits": self.fits,
             "programs": {program.name: program.as_dict() for program in self.programs},
             "tokens_a_step": self.settings.tokens_a_step,
         }
+        if self.sides:
+            found["sides"] = asdict(self.sides)
+            for name, program in found["programs"].items():
+                program["side"] = side_of(name)
         if self.known:
+            if self.sides:
+                found["sides"]["seconds"] = self.sides.seconds(self.programs)
             found["step_seconds"] = self.step_seconds
             found["tokens_per_second_per_chip"] = self.tokens_per_second_per_chip
             if price is not None:
@@ -85,14 +100,22 @@ def plan_step(
     before JAX has a backend in this one.
     """
     code = code and topology.platform == "tpu"
-    plan = StepPlan(topology, _mesh_of(settings, topology), settings, code=code)
+    sides = _sides(settings, topology) if settings.sampler_devices else None
+    plan = StepPlan(topology, {}, settings, code=code, sides=sides)
+    sizes = settings.mesh.sizes(plan.training)
+    plan.mesh = {axis: n for axis, n in sizes.items() if n > 1}
     step: Step | None = None
-    for name in engine.names(settings):
+    for name in engine.names(settings) if sides is None else apart.names(settings):
         if only is not None and name not in only:
             continue
-        if code:
+        if sides:
+            found = _apart(partial(_numbers_apart, settings, topology, name, kept, code), topology)
+            if not found:
+                continue
+            compiled = Compiled(**found)
+        elif code:
             step = step or _step(settings, topology)
-            compiled = _compiled(step, topology, name, kept, code)
+            compiled = _compiled(step, engine.program(step, name), topology, kept, code)
         else:
             compiled = Compiled(**in_child(partial(_numbers, settings, topology, name, kept)))
         plan.programs.append(compiled)
@@ -103,10 +126,6 @@ def plan_step(
     return plan
 
 
-def _mesh_of(settings: Settings, topology: Topology) -> dict[str, int]:
-    return {axis: n for axis, n in settings.mesh.sizes(topology.chips).items() if n > 1}
-
-
 def _step(settings: Settings, topology: Topology) -> Step:
     return Step(settings, settings.mesh.build(topology.devices()))
 
@@ -115,10 +134,37 @@ def _numbers(
     settings: Settings, topology: Topology, name: str, kept: Kept | None
 ) -> dict[str, Any]:
     """Of a program that is compiled until memory is assigned: fields of `Compiled`."""
-    return asdict(_compiled(_step(settings, topology), topology, name, kept, code=False))
+    step = _step(settings, topology)
+    return asdict(_compiled(step, engine.program(step, name), topology, kept, code=False))
 
 
-def _compiled(step: Step, topology: Topology, name: str, kept: Kept | None, code: bool) -> Compiled:
-    program = engine.program(step, name)  # without the mesh in force: optax makes an array or two
+def _sides(settings: Settings, topology: Topology) -> Sides:
+    return Sides(**_apart(lambda: asdict(ApartStep(settings, topology).sides()), topology))
+
+
+def _numbers_apart(
+    settings: Settings, topology: Topology, name: str, kept: Kept | None, code: bool
+) -> dict[str, Any]:
+    """The same of a program of one of two sides; nothing where the side has no such program."""
+    both = ApartStep(settings, topology)
+    program, step = both.program(name), both.step_of(name)
+    return asdict(_compiled(step, program, topology, kept, code)) if program else {}
+
+
+def _apart(function: Callable[[], dict[str, Any]], topology: Topology) -> dict[str, Any]:
+    """In a process of its own: libtpu 0.0.42.1 ends it for parts of v5e's and v6e's slices."""
+    try:
+        return in_child(function)
+    except Ended as error:
+        raise ValueError(
+            f"the compiler ended for a part of the devices of {topology.name}: set "
+            "sampler_devices to 0, or plan for another topology"
+        ) from error
+
+
+def _compiled(
+    step: Step, program: Program, topology: Topology, kept: Kept | None, code: bool
+) -> Compiled:
+    # The program was made without the mesh in force: optax makes an array or two.
     with jax.set_mesh(step.mesh):
         return compile_program(program, topology, kept, code)

@@ -117,7 +117,7 @@ def _knobs(
         yield samples, _fewer_slots(engine)
     elif samples:
         yield samples, _series("rollout_batches", s.rollout_batches)
-    sizes = s.mesh.sizes(plan.topology.chips)
+    sizes = s.mesh.sizes(plan.training)
     for axis in ("sequence", "tensor"):
         if sizes["fsdp"] % 2 == 0:
             fewer, more = sizes["fsdp"] // 2, 2 * sizes[axis]

@@ -10,6 +10,7 @@ from typing import Any
 
 from dppo_jax import platform_flags
 from dppo_jax.kernels.chips import CHIPS, ENVIRONMENT, GPU_NODE, GPUS, Chip, Node
+from dppo_jax.plan import cuda
 
 # Slices that Google lists for each generation; libtpu takes more.
 SLICES = {
@@ -43,10 +44,24 @@ class Topology:
         """What joins some of them, where not all are joined by the same."""
         return GPU_NODE if self.platform == "gpu" else None
 
+    @property
+    def estimated(self) -> bool:
+        """Whether a CPU's compiler stands in for that of the devices."""
+        return self.platform == "gpu" and not cuda.installed()
+
+    def host_of(self, device: Any) -> int:
+        """The host of one of its devices."""
+        return device.id // GPU_NODE.devices if self.estimated else device.process_index
+
     def devices(self) -> Sequence[Any]:
-        """TPUs by libtpu; for GPUs as many CPU devices, which `prepare` has asked for."""
+        """TPUs by libtpu, GPUs by JAX's CUDA plugin.
+
+        For GPUs without it as many CPU devices, which `prepare` has asked for.
+        """
         import jax
 
+        if self.platform == "gpu" and not self.estimated:
+            return cuda.devices(self.name.partition(":")[0], self.chips, GPU_NODE.devices)
         if self.platform == "gpu":
             found = jax.devices("cpu")
             if len(found) < self.chips:
@@ -92,5 +107,9 @@ def prepare(topologies: Sequence[Topology]) -> None:
         platform_flags.apply(kind, os.environ)  # of several generations, those that are first
     # Errors are raised; XLA writes more of them down, that of the machine code it cannot make too.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    cards = max((t.chips for t in topologies if t.platform == "gpu"), default=1)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={cards} {_AS_WRITTEN}"
+    gpus = [t.chips for t in topologies if t.platform == "gpu"]
+    if gpus and cuda.installed():
+        cuda.set_flags(os.environ)
+    else:
+        cards = max(gpus, default=1)
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={cards} {_AS_WRITTEN}"

@@ -15,9 +15,9 @@ def add(verbs: Any) -> None:
         verbs,
         "plan",
         _plan,
-        "Compile a recipe's programs for hardware that is not here, TPUs by libtpu: memory, work, "
-        "transfers, seconds and cost of a step, and what to change where it does not fit (exit "
-        f"status 1); {GIN}.",
+        "Compile a recipe's programs for hardware that is not here, TPUs by libtpu, GPUs by JAX's "
+        "CUDA plugin where it is installed: memory, work, transfers, seconds and cost of a step, "
+        f"and what to change where it does not fit (exit status 1); {GIN}.",
         "dppo plan configs/recipes/qwen3_8b_base.gin --topology v5p:4x4x4 --price 4.2\n"
         "         dppo plan configs/recipes/qwen3_8b_base.gin --topology h100:8 \\\n"
         "           --over configs/mesh/h100_8.gin\n"

@@ -94,3 +94,24 @@ def test_work_falls_with_the_number_of_chips():
     assert all(abs(row["flops_share"] - 1) < 0.1 for row in rows)
     for four, eight in (rows[:2], rows[2:]):
         assert eight["bytes"] < four["bytes"] and eight["sent"] < 2 * four["sent"]
+
+
+def test_chips_that_sample_and_chips_that_train():
+    """Two of each host's four: both sides compile for their part of the slice."""
+    split = ["--gin.train.train.sampler_devices=2", "--gin.train.train.async_depth=1"]
+    plan = json.loads(dppo_plan("--topology", "v5p:2x2x2", "--json", "--no-code", *split).stdout)
+    sides, programs = plan["sides"], plan["programs"]
+    assert (sides["training"], sides["sampling"], plan["mesh"]) == (4, 4, {"fsdp": 4})
+    weights = 4 * (2 * 512 * (4 * 128 + 3 * 384) + 16 * 512)
+    assert 1 < sides["sent"] / weights < 1.05  # each piece to one chip
+    assert programs["decode"]["flops"] and programs["update"]["flops"]
+    # The same on both sides: what is sent needs to be laid out on neither.
+    assert {p["side"] for p in programs.values()} == {"trainer", "sampler"}
+    assert plan["step_seconds"] == sides["seconds"]["step"]
+
+
+def test_chips_that_cannot_be_divided_are_told_in_a_line():
+    split = ["--gin.train.train.sampler_devices=2"]
+    done = dppo_plan("--topology", "v6e:2x4", "--no-code", *split, status=2)
+    assert "the compiler ended for a part of the devices of v6e:2x4" in done.stderr
+    assert "Traceback" not in done.stderr
