@@ -104,6 +104,26 @@ def test_loops_products_and_transfers_by_hand():
     assert total.roofline(slow) == total.sent  # transfers take longer than the work beside them
 
 
+def test_the_limit_of_a_loop_whose_condition_is_fused():
+    """As XLA's GPU compiler writes it: within the fusion, or given to it."""
+    counted = costs_of(BY_HAND, V5P, unknown_trips=3)[0]
+    less = "ROOT %less = pred[] compare(%i.1, %five), direction=LT"
+    inner = """
+%fused (f.0: s32[], f.1: s32[]) -> pred[] {{
+  %f.0 = s32[] parameter(0)
+  %f.1 = s32[] {limit}
+  ROOT %compare = pred[] compare(%f.0, %f.1), direction=LT
+}}
+"""
+    for given, limit in (("%i.1, %five", "parameter(1)"), ("%i.1", "constant(5)")):
+        fusion = f"ROOT %less = pred[] fusion({given}), kind=kLoop, calls=%fused"
+        fused = BY_HAND.replace(less, fusion) + inner.format(limit=limit)
+        assert fusion in fused
+        if limit != "parameter(1)":
+            fused = fused.replace("  %five = s32[] constant(5)\n", "")
+        assert costs_of(fused, V5P, unknown_trips=3)[0] == counted
+
+
 def test_an_attribute_of_many_lines_ends_no_computation():
     """As XLA prints the metadata of splash attention."""
     attribute = ' frontend_attributes={m={\n"xprof_metadata":"{}"\n}}, metadata={op_name="x"}'

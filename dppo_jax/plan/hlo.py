@@ -235,19 +235,20 @@ class _Module:
             return float(known[1])
         condition = self._computations.get((called(i, "condition") or [""])[0], {})
         compare = next((c for c in condition.values() if c.opcode == "compare"), None)
+        fused: dict[str, Instruction] = {}
         if compare is None:  # fused
             for c in condition.values():
                 for name in called(c, "calls"):
-                    inner = self._computations.get(name, {}).values()
-                    if [x.opcode for x in inner if x.root] == ["compare"]:
-                        compare = c
+                    inner = self._computations.get(name, {})
+                    if [x.opcode for x in inner.values() if x.root] == ["compare"]:
+                        compare, fused = c, inner  # the limit may be in it, or be given to it
         root = next((c for c in condition.values() if c.root), None)
         if compare is None or compare is not root:
             return None  # more than a counter decides
         limits = [
             limit
-            for name in compare.operands
-            if (limit := self._constant(condition.get(name), i, around)) is not None
+            for value in (*map(condition.get, compare.operands), *fused.values())
+            if (limit := self._constant(value, i, around)) is not None
         ]
         return limits[-1] if limits else None
 
