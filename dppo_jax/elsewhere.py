@@ -30,7 +30,7 @@ from dppo_jax.multihost import row_parts, to_global_rows, to_local_rows
 from dppo_jax.records import Prompts, Rollout
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sampling.rollouts import Lockstep, RolloutContext
-from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides
+from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides, spec_of
 
 
 def host_of(device: Any) -> int:
@@ -87,11 +87,13 @@ class Course(NamedTuple):
 class Transfer:
     """Arrays of one mesh to another one of other devices of the same hosts.
 
-    `seconds` and `bytes`, over all hosts, of what was sent last.
+    `axes` are the logical axes of the trees that are sent, from the root down to matrices, of which
+    a form such as int8 may make several arrays: there they lie by the rules for that mesh, however
+    they lie at home. `seconds` and `bytes`, over all hosts, are of what was sent last.
     """
 
-    def __init__(self, home: Mesh, there: Mesh):
-        self._there = there
+    def __init__(self, home: Mesh, there: Mesh, axes: Any):
+        self._there, self._axes = there, axes
         sides = list(home.devices.flat), list(there.devices.flat)
         common = math.gcd(*map(len, sides))
         for pieces in sorted((n for n in range(1, common + 1) if common % n == 0), reverse=True):
@@ -115,8 +117,9 @@ class Transfer:
         began = time.monotonic()
         leaves, structure = jax.tree.flatten(tree)
         known = {id(old): new for old, new in zip(*self._known, strict=True)}
-        fresh = [leaf for leaf in leaves if id(leaf) not in known]
-        known |= dict(zip(map(id, fresh), self._arrived(fresh), strict=True))
+        courses = zip(leaves, self.courses(tree), strict=True)
+        fresh = {id(leaf): (leaf, course) for leaf, course in courses if id(leaf) not in known}
+        known |= dict(zip(fresh, self._arrived(list(fresh.values())), strict=True))
         sent = [known[id(leaf)] for leaf in leaves]
         self._known = leaves, sent
 
@@ -127,10 +130,10 @@ class Transfer:
 
         return jax.tree.unflatten(structure, sent), wait
 
-    def _arrived(self, leaves: list[Array]) -> list[Array]:
-        if not leaves:
+    def _arrived(self, fresh: list[tuple[Array, Course]]) -> list[Array]:
+        if not fresh:
             return []
-        courses = [self.course(leaf) for leaf in leaves]
+        leaves, courses = zip(*fresh, strict=True)
         departing = self._laid_out(leaves, [course.leaves for course in courses])
         copies = [
             self._copied(leaf, course.arrives)
@@ -139,11 +142,18 @@ class Transfer:
         self.bytes = sum(len(self._routes) * bytes_of_a_shard(leaf) for leaf in copies)
         return self._laid_out(copies, [course.wanted for course in courses])
 
-    def course(self, leaf: Any) -> Course:
-        """Of an array of the home mesh, or a ShapeDtypeStruct: in pieces along the dimension that
-        the sampler's mesh splits."""
-        assert isinstance(leaf.sharding, NamedSharding), "parameters lie on a mesh"
-        wanted = NamedSharding(self._there, leaf.sharding.spec)
+    def courses(self, tree: Any) -> list[Course]:
+        """Of each array in a tree, or ShapeDtypeStruct."""
+
+        def of(axes: tuple, arrays: Any) -> list[Course]:
+            return [self._course(leaf, axes) for leaf in jax.tree.leaves(arrays)]
+
+        found = jax.tree.map(of, self._axes, tree, is_leaf=lambda node: isinstance(node, tuple))
+        return jax.tree.leaves(found, is_leaf=lambda node: isinstance(node, Course))
+
+    def _course(self, leaf: Any, axes: tuple) -> Course:
+        """In pieces along the dimension that the sampler's mesh splits."""
+        wanted = NamedSharding(self._there, spec_of(axes, self._there, shape=leaf.shape))
         spec = (*wanted.spec, *(None,) * (leaf.ndim - len(wanted.spec)))
         split = ["fsdp" in ((part,) if isinstance(part, str) else part or ()) for part in spec]
         pieces = PartitionSpec(*("piece" if here else None for here in split))
@@ -156,12 +166,12 @@ class Transfer:
         """Devices that the same one sends its piece to, at the most."""
         return max(collections.Counter(self._routes.values()).values())
 
-    def _laid_out(self, leaves: list[Array], shardings: list[NamedSharding]) -> list[Array]:
+    def _laid_out(self, leaves: Sequence[Array], shardings: list[NamedSharding]) -> list[Array]:
         """The arrays as they are asked for, by one program for all that lie otherwise."""
         asked = list(zip(leaves, shardings, strict=True))
         moved = [leaf for leaf, goal in asked if not lies_so(leaf, goal)]
         if not moved:
-            return leaves
+            return list(leaves)
         goals = tuple(goal for leaf, goal in asked if not lies_so(leaf, goal))
         if goals not in self._programs:
             self._programs[goals] = relaying(goals)
@@ -219,7 +229,7 @@ class Elsewhere:
         self._mesh = sampler_mesh(self._home, devices, context.model.config.width)
         self._source = make(context._replace(mesh=self._mesh))
         check_source(self._mesh, isinstance(self._source, Lockstep))
-        self._transfer = Transfer(self._home, self._mesh)
+        self._transfer = Transfer(self._home, self._mesh, context.model.policy_axes)
         # One rollout at a time, in the order in which they were asked for: that of all hosts.
         self._turn, self._asked, self._done = threading.Condition(), 0, 0
 

@@ -385,6 +385,11 @@ class Model:
         """The parameters' tree with a tuple of logical axis names for each."""
         return axes_of(self._abstract)
 
+    @property
+    def policy_axes(self) -> Params:
+        """The same of a `policy`."""
+        return self.logical_axes
+
 
 def axes_of(state: Any) -> Params:
     """The logical axis names of each parameter of a split module."""

@@ -80,6 +80,10 @@ class LoraModel(Model):
         """The adapters' tree with a tuple of logical axis names for each."""
         return _only_adapters(axes_of(self._adapted))
 
+    @property
+    def policy_axes(self) -> Params:
+        return self.policy(self.adapter_axes, self.logical_axes)
+
 
 def merged(model: LoraModel, params: Params) -> Params:
     """The base's parameters with W + s·A·B in the place of each adapted W, one after another."""

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 
 from dppo_jax.elsewhere import (
-    Course,
     Transfer,
     check_source,
     divide,
@@ -83,15 +82,15 @@ class _Trainer(Step):
 class _Sampler(Step):
     """The devices that sample, with weights as they are sent there."""
 
-    def __init__(self, home: Step, transfer: Transfer, mesh: Any, fresh: list[bool]):
+    def __init__(self, home: Step, wanted: list[Any], mesh: Any, fresh: list[bool]):
         # Its devices know nothing of gradient steps, nor of what is done before weights are sent.
         alone = dataclasses.replace(
             home.settings, mesh=MeshConfig(fsdp=mesh.size), minibatches=1, microbatches=1,
             tokens_per_microbatch=None, rollout_policy=current(), async_depth=0,
         )  # fmt: skip
         super().__init__(alone, mesh)
-        wanted = jax.tree.map(lambda leaf: transfer.course(leaf).wanted, home.sampled_with)
-        self.sampled_with = laid_out(home.sampled_with, wanted)
+        structure = jax.tree.structure(home.sampled_with)
+        self.sampled_with = laid_out(home.sampled_with, jax.tree.unflatten(structure, wanted))
         leaves = zip(jax.tree.leaves(self.sampled_with), fresh, strict=True)
         self.version = sum(bytes_of(leaf) for leaf, new in leaves if new)
         self._depth = home.settings.async_depth
@@ -115,19 +114,20 @@ class ApartStep:
             there, "batch", {"prompts of a rollout": s.prompts_per_step // s.rollout_batches}
         )
         check_source(there, engine.engine_of(s.rollouts) is None)
-        self._transfer = Transfer(home.mesh, there)
-        self._leaves = jax.tree.leaves(home.sampled_with)
+        self._transfer = Transfer(home.mesh, there, home.model.policy_axes)
+        leaves = jax.tree.leaves(home.sampled_with)
+        courses = self._transfer.courses(home.sampled_with)
         # What the run finds to be the arrays that it has sent before: a base under adapters.
         given, frozen = jax.tree.leaves(home.policy), set(map(id, jax.tree.leaves(home.base)))
-        self._fresh = [
-            source is None or id(given[source]) not in frozen for source in home.handed_on
-        ]
-        self._there = _Sampler(home, self._transfer, there, self._fresh)
+        fresh = [source is None or id(given[source]) not in frozen for source in home.handed_on]
+        together = zip(leaves, courses, fresh, strict=True)
+        self._sent = [(leaf, course) for leaf, course, new in together if new]
+        self._there = _Sampler(home, [course.wanted for course in courses], there, fresh)
 
     def sides(self) -> Sides:
         """The division, and the bytes that it has sent every step."""
         sampling, training = self._there.mesh.size, self._home.mesh.size
-        pieces = sum(bytes_of(self._arriving(leaf)) for leaf in self._sent())
+        pieces = sum(bytes_of(leaf) for leaf in self._arriving())
         link = self._topology.chip.link_bytes
         return Sides(
             training, sampling, self._home.settings.async_depth, sampling * pieces,
@@ -141,28 +141,21 @@ class ApartStep:
     def program(self, name: str) -> Program | None:
         """The one of that name; None where the weights lie already as it would lay them out."""
         if name == OUT:
-            asked = [(leaf, self._course(leaf).leaves) for leaf in self._sent()]
+            asked = [(leaf, course.leaves) for leaf, course in self._sent]
             return _layer(name, asked, self._home.lives)
         if name == IN:
-            come = [(self._arriving(leaf), self._course(leaf).wanted) for leaf in self._sent()]
+            come, wanted = self._arriving(), [course.wanted for _, course in self._sent]
             # Beside what has come: versions of rollouts to be drawn, or of the one before.
             there, depth = self._there, max(1, self._home.settings.async_depth)
             before = bytes_of(there.sampled_with) + (depth - 1) * there.version
-            return _layer(name, come, before + bytes_of([leaf for leaf, _ in come]))
+            return _layer(name, list(zip(come, wanted, strict=True)), before + bytes_of(come))
         program = engine.program(self.step_of(name), name)
         if name in SAMPLERS:
             return program
         return dataclasses.replace(program, resident=program.resident + self._home.held)
 
-    def _sent(self) -> list[Any]:
-        return [leaf for leaf, new in zip(self._leaves, self._fresh, strict=True) if new]
-
-    def _course(self, leaf: Any) -> Course:
-        return self._transfer.course(leaf)
-
-    def _arriving(self, leaf: Any) -> Any:
-        arrives = self._course(leaf).arrives
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=arrives)
+    def _arriving(self) -> list[Any]:
+        return [laid_out(leaf, course.arrives) for leaf, course in self._sent]
 
 
 def _layer(name: str, asked: list[tuple[Any, Any]], lives: float) -> Program | None:

@@ -19,6 +19,7 @@ from dppo_jax.multihost import to_global_rows
 from dppo_jax.objectives import dppo_topk_tv
 from dppo_jax.optimizer import adamw
 from dppo_jax.records import Batch, Prompts, Rollout
+from dppo_jax.rollout_policy import int8_weights
 from dppo_jax.sampling.generate import SamplingConfig, generate
 from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
 from dppo_jax.update import init_state, make_update, take_prompts
@@ -86,23 +87,44 @@ def adapters_on(mesh) -> dict:
     }
 
 
-def sent_apart(samplers: int, trainers: int) -> list:
+def sent_apart(samplers: int, trainers: int, **sizes: int) -> list:
     """A matrix and a scale to other devices: whether they are the same there and lie as asked,
     whether they are not sent again, and bytes over those of one copy of the matrix."""
     devices = jax.devices()
-    home = MeshConfig(fsdp=-1).build(devices[samplers : samplers + trainers])
+    home = MeshConfig(**sizes).build(devices[samplers : samplers + trainers])
     there = MeshConfig(fsdp=-1).build(devices[:samplers])
     spread = {"w": jax.P(None, "fsdp"), "scale": jax.P()}
     given = {"w": np.arange(240.0).reshape(2, 120), "scale": np.float32(3)}
-    transfer = Transfer(home, there)
+    axes = {"w": ("layers", "embed"), "scale": ()}
+    transfer = Transfer(home, there, axes)
     with jax.set_mesh(home):
-        at_home = {k: jax.device_put(x, NamedSharding(home, spread[k])) for k, x in given.items()}
+        at_home = jax.device_put(given, shardings_of(axes, home))
         sent, wait = transfer.send(at_home)
         wait()
         again, _ = transfer.send(at_home)
     same = all((np.asarray(sent[name]) == given[name]).all() for name in given)
     asked = all(sent[name].sharding == NamedSharding(there, spread[name]) for name in given)
     return [same, asked, again["w"] is sent["w"], transfer.bytes // sent["w"].nbytes]
+
+
+def weights_apart() -> dict:
+    """The part of each array that one of four devices holds, of policies sent from one device."""
+    devices, found = jax.devices(), {}
+    home, there = (MeshConfig().build(devices[part]) for part in (slice(4, 5), slice(4)))
+    plain, lora = Model(CONFIG), LoraModel(CONFIG, LoraConfig(rank=4, targets=(".*",)))
+    base = plain.init(jax.random.key(0))
+    policies = {
+        "plain": (plain, base),
+        "int8": (plain, int8_weights().choose((), base, 0, jax.random.key(0))[0]),
+        "lora": (lora, lora.policy(lora.init_adapters(jax.random.key(0)), base)),
+    }
+    for name, (model, policy) in policies.items():
+        policy = jax.device_put(policy, NamedSharding(home, jax.P()))
+        sent, wait = Transfer(home, there, model.policy_axes).send(policy)
+        wait()
+        assert all((np.asarray(a) == np.asarray(b)).all() for a, b in pairs(sent, policy))
+        found[name] = by_name(sent, lambda leaf: leaf.addressable_shards[0].data.size / leaf.size)
+    return found
 
 
 def main(folder: Path) -> dict:
@@ -164,7 +186,9 @@ def main(folder: Path) -> dict:
         "response_rows": len(rollout.response_tokens.addressable_shards[0].data),
         "restored_elsewhere": all(same) and all(moved),
         "adapters": adapters_on(mesh),
-        "sent": [sent_apart(*sides) for sides in ((2, 6), (3, 5), (4, 2))],
+        "sent": [sent_apart(*sides) for sides in ((2, 6), (3, 5), (4, 2), (4, 1))]
+        + [sent_apart(4, 2, fsdp=1, tensor=2)],
+        "weights_apart": weights_apart(),
     }
 
 

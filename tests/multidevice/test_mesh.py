@@ -57,7 +57,17 @@ def test_parameters_and_moments_are_sharded(found):
 
 def test_weights_are_sent_to_any_number_of_devices(found):
     """Once where the numbers divide, 6 to 2; 5 and 3 have no pieces in common, 2 and 4 have two."""
-    assert found["sent"] == [[True, True, True, times] for times in (1, 3, 2)]
+    assert found["sent"] == [[True, True, True, times] for times in (1, 3, 2, 4, 2)]
+
+
+def test_weights_are_split_where_they_are_sent(found):
+    """From one device, whose mesh splits nothing: by the rules for the mesh of the four."""
+    apart = found["weights_apart"]
+    for name, part in (apart["plain"] | apart["int8"] | apart["lora"]).items():
+        if "scale" not in name and "lora" not in name:
+            assert part == (1 if "norm" in name or "bias" in name else 1 / 4), name
+    for name in ("q_lora_a", "o_lora_b"):
+        assert apart["lora"][f"['adapters']['blocks']['{name}']"] == 1 / 4
 
 
 def test_a_step_keeps_every_sharding_and_type(found):
