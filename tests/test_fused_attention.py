@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dppo_jax.models import fused_attention
+from dppo_jax.models import decoder, fused_attention
 from dppo_jax.models.attention import NEGATIVE
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model, response_states
 from dppo_jax.models.fused_attention import Choice, Columns, choose, described, row_attention
 from dppo_jax.models.fused_attention import _by_mask as by_mask
+from dppo_jax.models.fused_attention import _by_response as by_response
 
 CONFIG = DecoderConfig(
     vocab_size=37, width=8, layers=2, heads=4, kv_heads=2, head_size=8, mlp_width=8
@@ -101,21 +102,42 @@ def test_splash_gives_the_plain_values_and_gradients(monkeypatch, columns, soft_
     )
 
 
-def test_the_mask_that_cudnn_gets():
+@pytest.mark.parametrize("columns", [COLUMNS, Columns(7)])
+def test_the_mask_that_cudnn_gets(columns):
     """JAX's own operations under it: cuDNN itself needs a GPU."""
 
     def masked(q, k, v, segments):
-        out = by_mask(q, k, v, segments, COLUMNS, 0.4, 3, "xla")
+        out = by_mask(q, k, v, segments, columns, 0.4, 3, "xla")
         return out.reshape(*out.shape[:2], -1)
 
+    arrays = inputs(length=columns.total)
     assert_same(
-        both(masked, *inputs()),
-        both(lambda *arrays: plain(*arrays, COLUMNS, 0.4, window=3), *inputs()),
+        both(masked, *arrays),
+        both(lambda *arrays: plain(*arrays, columns, 0.4, window=3), *arrays),
     )
 
 
-def test_a_decoder_with_local_and_global_layers(monkeypatch):
-    """Splash inside the scan over layers, where the window is traced, against XLA's form."""
+@pytest.mark.parametrize(
+    ("columns", "window"), [(COLUMNS, None), (COLUMNS, 3), (Columns(7, 2, 4), None)]
+)
+def test_responses_by_themselves_for_cudnn(columns, window):
+    """Values and gradients by JAX's own operations: a prompt for each of its responses."""
+
+    def apart(*arrays):
+        out = by_response(columns, 0.4, window, "xla", *arrays)
+        return out.reshape(*out.shape[:2], -1)
+
+    arrays = inputs(length=columns.total)
+    assert_same(
+        both(apart, *arrays),
+        both(lambda *arrays: plain(*arrays, columns, 0.4, window=window), *arrays),
+    )
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_a_decoder_with_local_and_global_layers(monkeypatch, kernel):
+    """Inside the scan over layers, where the window is traced, against XLA's form; what cuDNN is
+    asked for is done by JAX's own operations."""
     config = dataclasses.replace(CONFIG, window=3, local_layers=(True, False))
     params = jax.jit(Model(config).init)(jax.random.key(0))
     rng = np.random.default_rng(1)
@@ -133,9 +155,13 @@ def test_a_decoder_with_local_and_global_layers(monkeypatch):
 
         return jax.jit(masked)(params)
 
-    theirs = states("xla")
+    theirs, attend = states("xla"), jax.nn.dot_product_attention
     monkeypatch.setattr(fused_attention, "INTERPRET", True)
-    assert_same(states("splash"), theirs)
+    monkeypatch.setattr(decoder, "choose", lambda _: Choice(kernel))
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *given, implementation, **o: attend(*given, **o)
+    )
+    assert_same(states("auto"), theirs)
 
 
 @pytest.mark.parametrize(

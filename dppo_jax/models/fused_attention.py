@@ -52,6 +52,7 @@ class Columns:
         return seen if window is None else seen & (at_q - at_k < window)
 
 
+Attend = Callable[..., Float[Array, "P N H d"]]  # of queries, keys, values and segments
 Name = Literal["xla", "splash", "cudnn"]
 BEST: dict[str, Name] = {
     "tpu": "splash",
@@ -123,25 +124,78 @@ def row_attention(
 
     A traced `window` is one of `windows`, where None is told by a number beyond every row.
     """
-    if name == "cudnn":
+
+    def form(window: int | None) -> Attend:
+        if name == "cudnn":
+            return by_shard(functools.partial(_by_response, columns, scale, window, "cudnn"))
+        return by_shard(functools.partial(_splash_rows, columns, soft_cap, scale, window))
+
+    if name == "cudnn" and not columns.samples:  # where a row may hold several sequences
         out = _by_mask(q, k, v, segments, columns, scale, window, "cudnn")
     elif isinstance(window, jax.Array):
         local = max(w for w in windows if w is not None)
-        kernels = (_splash(columns, soft_cap, scale, w) for w in (local, None))
-        out = jax.lax.cond(window <= local, *kernels, q, k, v, segments)
+        out = jax.lax.cond(window <= local, form(local), form(None), q, k, v, segments)
     else:
-        out = _splash(columns, soft_cap, scale, window)(q, k, v, segments)
+        out = form(window)(q, k, v, segments)
     return out.reshape(*out.shape[:2], -1)
 
 
 def _by_mask(q, k, v, segments, columns: Columns, scale, window, implementation):
     """`jax.nn.dot_product_attention` under an N x N mask a row."""
-    at = jnp.arange(columns.total)
+    q, k, v, segments = map(_even, (q, k, v, segments))
+    at = jnp.arange(q.shape[1])
     mask = columns.sees(at[:, None], at[None, :], window)
     mask &= segments[:, None, :, None] == segments[:, None, None, :]
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q, k, v, mask=mask, scale=scale, implementation=implementation
     )
+    return out[:, : columns.total]
+
+
+def _even(x):
+    """With one more column if need be: JAX 0.10.2 has no gradient of cuDNN's for odd numbers."""
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), *((0, 0),) * (x.ndim - 2)))
+
+
+def _by_response(columns: Columns, scale, window, implementation, q, k, v, segments):
+    """Each response behind its prompt as a sequence of its own: causal, so that no mask is held.
+
+    A row's mask has all its responses' columns against each other, most of them for nothing. A
+    prompt has its padding on the left: moved behind the response no token sees it.
+    """
+    length, samples = columns.prompt, columns.samples
+    padding = jnp.repeat(length - jnp.sum(segments[:, :length] > 0, axis=1), samples)
+
+    def apart(x):  # [P, N, ...] -> [P·G, L + F, ...]
+        own = x[:, length:].reshape(len(x), samples, columns.fed, *x.shape[2:])
+        asked = jnp.broadcast_to(x[:, None, :length], (*own.shape[:2], length, *x.shape[2:]))
+        whole = jnp.concatenate([asked, own], axis=2)
+        return _rolled(_even(whole.reshape(-1, *whole.shape[2:])), padding)
+
+    out = jax.nn.dot_product_attention(
+        *map(apart, (q, k, v)),
+        is_causal=True,
+        scale=scale,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    out = _rolled(out, -padding)[:, : length + columns.fed]
+    out = out.reshape(len(q), samples, -1, *out.shape[2:])
+    theirs = out[:, :, length:].reshape(len(q), -1, *out.shape[3:])
+    return jnp.concatenate([out[:, 0, :length], theirs], axis=1)
+
+
+@jax.custom_vjp
+def _rolled(x, by):
+    """Every row with its columns moved to the left, around its end; `by` is a row's own.
+
+    Its gradient is moved back, where XLA's would be a sum into places.
+    """
+    at = (jnp.arange(x.shape[1]) + by[:, None]) % x.shape[1]
+    return jax.vmap(lambda row, at: row[at])(x, at)
+
+
+_rolled.defvjp(lambda x, by: (_rolled(x, by), by), lambda by, d_out: (_rolled(d_out, -by), None))
 
 
 class _RowMask(splash.Mask):
@@ -166,14 +220,11 @@ class _RowMask(splash.Mask):
         return hash(self._key)
 
 
-def _splash(
-    columns: Columns, soft_cap: float | None, scale: float, window: int | None
-) -> Callable[..., Float[Array, "P N H d"]]:
-    """Splash attention of whole rows, each device its own rows and heads."""
+def by_shard(local: Attend) -> Attend:
+    """Attention of whole rows, each device its own rows and heads."""
 
     def attend(q, k, v, segments):
         mesh = jax.sharding.get_abstract_mesh()
-        local = functools.partial(_splash_rows, columns, soft_cap, scale, window)
         if mesh.empty or mesh.size == 1:
             return local(q, k, v, segments)
         heads, keys, rows = (
