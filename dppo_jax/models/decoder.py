@@ -385,10 +385,7 @@ class Model:
         """The parameters' tree with a tuple of logical axis names for each."""
         return axes_of(self._abstract)
 
-    @property
-    def policy_axes(self) -> Params:
-        """The same of a `policy`."""
-        return self.logical_axes
+    policy_axes = logical_axes  # of a `policy`
 
 
 def axes_of(state: Any) -> Params:
