@@ -1,33 +1,16 @@
 """Plans of runs whose rollouts are drawn on devices of their own: seconds by hand, and the verb."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import plan_verb
 import pytest
 
 from dppo_jax.plan.apart import Sides
 from dppo_jax.plan.compiling import Compiled
 
-REPOSITORY = Path(__file__).parent.parent
-
-
-def dppo_plan(*options: str, status: int = 0) -> subprocess.CompletedProcess:
-    recipe = "configs/recipes/arithmetic_cpu.gin"
-    tiny = ["PROMPTS_PER_STEP=16", "decoder.DecoderConfig.layers=2", "MAX_NEW_TOKENS=9"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dppo_jax", "plan", recipe, *options]
-        + [f"--gin.{override}" for override in tiny],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        timeout=900,
-    )
-    assert done.returncode == status, done.stderr[-2000:]
-    return done
+TINY = ["PROMPTS_PER_STEP=16", "decoder.DecoderConfig.layers=2", "MAX_NEW_TOKENS=9"]
+dppo_plan = functools.partial(plan_verb.dppo_plan, TINY)
 
 
 def devices(sampler: int, depth: int) -> list[str]:

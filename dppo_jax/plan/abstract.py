@@ -1,15 +1,16 @@
 """Arrays that are not there: shapes, types and shardings."""
 
-import math
 from typing import Any
 
 import jax
+
+from dppo_jax.elsewhere import bytes_of_a_shard
 
 
 def bytes_of(tree: Any) -> float:
     """Bytes a device of the ShapeDtypeStructs in a pytree, all with shardings."""
     return sum(
-        float(math.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        bytes_of_a_shard(leaf)
         for leaf in jax.tree.leaves(tree)
         if isinstance(leaf, jax.ShapeDtypeStruct)
     )

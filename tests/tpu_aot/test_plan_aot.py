@@ -1,38 +1,19 @@
 """`dppo plan` through libtpu's compiler, on a model that compiles in seconds."""
 
+import functools
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import plan_verb
 import pytest
 
 pytestmark = [
     pytest.mark.tpu_aot,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
 ]
-REPOSITORY = Path(__file__).parent.parent.parent
 MODEL = ["decoder.DecoderConfig.layers=2", "decoder.DecoderConfig.width=512"]
 TINY = ["PROMPTS_PER_STEP=16", *MODEL, "MAX_NEW_TOKENS=9"]
-
-
-def dppo_plan(*options: str, status: int = 0) -> subprocess.CompletedProcess:
-    """The arithmetic recipe's plan."""
-    recipe = "configs/recipes/arithmetic_cpu.gin"
-    done = subprocess.run(
-        [sys.executable, "-m", "dppo_jax", "plan", recipe]
-        + [f"--gin.{override}" for override in TINY]
-        + list(options),
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        timeout=900,
-    )
-    assert done.returncode == status, done.stderr[-2000:]
-    return done
+dppo_plan = functools.partial(plan_verb.dppo_plan, TINY)
 
 
 @pytest.fixture(scope="module")
