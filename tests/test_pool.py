@@ -159,7 +159,7 @@ def test_a_wait_for_a_processor_is_not_the_verifiers():
             assert time.monotonic() - start > 0.6, "nothing was waited for"
             assert (verdict.score, verdict.failure) == (1.0, ""), verdict.reason
             (verdict,) = pool.grade(
-                functools.partial(code_tests, seconds=0.15, require_isolation=False),
+                functools.partial(code_tests, seconds=0.2, require_isolation=False),
                 [Example("q", "", '{"inputs": [""], "outputs": ["done"]}', "")],
                 [f"```python\n{WORK}\n```"], [True],
             )  # fmt: skip

@@ -21,7 +21,7 @@ from dppo_jax.rewards.worker import children_of, unserved_seconds
 
 _BLOCK = re.compile(r"```(?:python|py|Python)?[ \t]*\n(.*?)```", re.DOTALL)
 _SHOWN = 200
-_MOST_UNSERVED = 3  # times the wall time that is added to it on a busy machine
+_MOST_UNSERVED = 7  # times the wall time that is added to it on a busy machine
 
 
 class _Run(NamedTuple):
@@ -152,7 +152,7 @@ def _ends(process: subprocess.Popen, wall: float) -> bool:
             return True
         except subprocess.TimeoutExpired:
             waits = [unserved_seconds(child) for child in children_of(process.pid)]
-            unserved = max(waits, default=0.0)
+            unserved = unserved_seconds(process.pid) + max(waits, default=0.0)
     return False
 
 
