@@ -199,6 +199,17 @@ def replace_in_header(old, new):
     return damage
 
 
+def not_finite(name):
+    def damage(where):
+        (where / SINGLE).unlink()
+        model = Model(LLAMA)
+        params = random_params(model)
+        params["blocks"][name] = params["blocks"][name].at[1, 3].set(float("nan"))
+        hf_weights.write_params(where, model, params, "float32")
+
+    return damage
+
+
 def index_of(**weight_map):
     return lambda where: (where / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
@@ -227,6 +238,8 @@ DAMAGES = {
     "no such file": (index_of(**{NORM: "gone.safetensors"}), f"should hold {NORM}"),
     "elsewhere": (index_of(nothing=SINGLE), "lacks nothing, which"),
     "index": (lambda where: (where / INDEX).write_text("[]"), "is not an index"),
+    "a matrix's NaN": (not_finite("up"), "model.layers.1.mlp.up_proj.weight holds NaN"),
+    "a norm's NaN": (not_finite("mlp_norm"), f"{NORM} holds NaN or infinity"),
 }
 
 

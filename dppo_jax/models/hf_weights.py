@@ -133,7 +133,7 @@ def read_params(
     moves them to the devices as they are stored; the device transposes and widens them into the
     parameter. Beside the parameters, memory holds one tensor. `shardings` is the tree of
     `model.abstract_params`; tensors called as in `beside` are somebody else's. Raises ValueError,
-    in one line, before anything is read.
+    in one line, before anything is read, or at the first tensor with a NaN or infinity.
     """
     folder = Path(folder).expanduser()
     stored, leaves = stored_tensors(folder), leaves_of(model)
@@ -148,11 +148,13 @@ def read_params(
         for key in leaf.path[:-1]:
             into = into.setdefault(key, {})
         shape = like.shape  # type: ignore[attr-defined]
-        into[leaf.path[-1]] = _read_leaf(leaf, found, shape, where)
+        into[leaf.path[-1]] = _read_leaf(leaf, found, shape, where, folder)
     return params
 
 
-def _read_leaf(leaf: Leaf, found: dict[str, Stored], shape: tuple[int, ...], sharding: Any):
+def _read_leaf(
+    leaf: Leaf, found: dict[str, Stored], shape: tuple[int, ...], sharding: Any, folder: Path
+) -> jax.Array:
     stacked = len(shape) - len(leaf.shape)
     axes = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))][stacked:]
     piece = NamedSharding(sharding.mesh, PartitionSpec(*(axes[::-1] if leaf.transposed else axes)))
@@ -161,28 +163,54 @@ def _read_leaf(leaf: Leaf, found: dict[str, Stored], shape: tuple[int, ...], sha
         view = found[name].view()
         return jax.make_array_from_callback(leaf.shape, piece, lambda index: view[index])
 
+    def checked(finite: jax.Array) -> None:
+        if not finite:
+            raise ValueError(
+                f"{folder}: {name} holds NaN or infinity: get it again, or export it anew"
+            )
+
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
     if not stacked:
         (name,) = leaf.names
-        return _widened(tensor(name), sharding)
+        whole, finite = _widened(tensor(name), sharding, everywhere)
+        checked(finite)
+        return whole
     whole = jnp.zeros(shape, jnp.float32, device=sharding)
     for name, index in leaf.names.items():
-        whole = _placed(whole, tensor(name), np.array(index, np.int32), leaf.transposed)
-        # Transfers run ahead of the copies that free them.
-        whole.block_until_ready()
+        place = np.array(index, np.int32)
+        whole, finite = _placed(whole, tensor(name), place, leaf.transposed, everywhere)
+        # It also waits: transfers run ahead of the copies that free them.
+        checked(finite)
     return whole
 
 
-@functools.partial(jax.jit, static_argnames="sharding")
-def _widened(tensor: jax.Array, sharding: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(tensor.astype(jnp.float32), sharding)
+def _finite(tensor: jax.Array, everywhere: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.isfinite(tensor).all(), everywhere)
 
 
-@functools.partial(jax.jit, static_argnames="transposed", donate_argnums=0)
-def _placed(whole: jax.Array, tensor: jax.Array, index: jax.Array, transposed: bool) -> jax.Array:
-    """`whole` with the tensor at `index` of its leading axes."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _widened(
+    tensor: jax.Array, sharding: NamedSharding, everywhere: NamedSharding
+) -> tuple[jax.Array, jax.Array]:
+    """The parameter, and whether it is finite."""
+    whole = jax.lax.with_sharding_constraint(tensor.astype(jnp.float32), sharding)
+    return whole, _finite(tensor, everywhere)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _placed(
+    whole: jax.Array,
+    tensor: jax.Array,
+    index: jax.Array,
+    transposed: bool,
+    everywhere: NamedSharding,
+) -> tuple[jax.Array, jax.Array]:
+    """`whole` with the tensor at `index` of its leading axes, and whether that is finite."""
+    finite = _finite(tensor, everywhere)
     tensor = (tensor.T if transposed else tensor).astype(whole.dtype)
     at = [*index, *(0,) * tensor.ndim]
-    return jax.lax.dynamic_update_slice(whole, tensor.reshape((1,) * len(index) + tensor.shape), at)
+    tensor = tensor.reshape((1,) * len(index) + tensor.shape)
+    return jax.lax.dynamic_update_slice(whole, tensor, at), finite
 
 
 def write_params(folder: Path, model: Model, params: Params, dtype: str, **limits: int) -> None:
