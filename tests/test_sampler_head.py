@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dppo_jax.kernels import drawing, streamed_sampler, tiles
+from dppo_jax.kernels.columns import GROUPED_FROM, top_k, top_k_by_groups
 from dppo_jax.kernels.drawing import draw, inverse_cdf, numbers
 from dppo_jax.kernels.filters import Filters, threshold
 from dppo_jax.kernels.sampler import sample
@@ -109,6 +110,29 @@ FILTERS = [
     Filters(min_p=0.1),
     Filters(top_k=9, top_p=0.9, min_p=0.05),
 ]
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    k=st.integers(1, 6),
+    more=st.integers(0, 40),
+    size=st.sampled_from([1, 4, 7]),
+    kind=st.sampled_from(["ties", "wide", "masked"]),
+)
+def test_the_top_k_by_groups_is_the_top_k(seed, k, more, size, kind):
+    z = jnp.asarray(rows_of(seed, 3, k * size + more, kind))
+    by_groups, whole = top_k_by_groups(z, k, size), jax.lax.top_k(z, k)
+    jax.tree.map(np.testing.assert_array_equal, by_groups, tuple(whole))
+
+
+@pytest.mark.parametrize(("columns", "groups"), [(GROUPED_FROM, True), (GROUPED_FROM - 1, False)])
+def test_long_rows_are_searched_by_groups_on_a_cpu(columns, groups):
+    z = jnp.asarray(rows_of(0, 2, columns, "ties"))
+    found, whole = top_k(z, 5), jax.lax.top_k(z, 5)
+    jax.tree.map(np.testing.assert_array_equal, found, tuple(whole))
+    assert ("reduce_max" in str(jax.make_jaxpr(lambda z: top_k(z, 5))(z))) == groups
+    assert top_k(z, 0)[0].shape == (2, 0)
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
