@@ -199,12 +199,13 @@ def replace_in_header(old, new):
     return damage
 
 
-def not_finite(name):
+def not_finite(name, value):
     def damage(where):
         (where / SINGLE).unlink()
         model = Model(LLAMA)
         params = random_params(model)
-        params["blocks"][name] = params["blocks"][name].at[1, 3].set(float("nan"))
+        holder = params["blocks"] if name in params["blocks"] else params
+        holder[name] = holder[name].at[1, 3].set(value)
         hf_weights.write_params(where, model, params, "float32")
 
     return damage
@@ -238,8 +239,9 @@ DAMAGES = {
     "no such file": (index_of(**{NORM: "gone.safetensors"}), f"should hold {NORM}"),
     "elsewhere": (index_of(nothing=SINGLE), "lacks nothing, which"),
     "index": (lambda where: (where / INDEX).write_text("[]"), "is not an index"),
-    "a matrix's NaN": (not_finite("up"), "model.layers.1.mlp.up_proj.weight holds NaN"),
-    "a norm's NaN": (not_finite("mlp_norm"), f"{NORM} holds NaN or infinity"),
+    "a matrix's NaN": (not_finite("up", np.nan), "model.layers.1.mlp.up_proj.weight holds NaN"),
+    "a norm's NaN": (not_finite("mlp_norm", np.nan), f"{NORM} holds NaN or infinity"),
+    "infinity": (not_finite("embedding", -np.inf), "model.embed_tokens.weight holds NaN or inf"),
 }
 
 

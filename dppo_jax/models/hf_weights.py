@@ -165,48 +165,35 @@ def _read_leaf(
 
     def checked(finite: jax.Array) -> None:
         if not finite:
-            raise ValueError(
-                f"{folder}: {name} holds NaN or infinity: get it again, or export it anew"
-            )
+            raise ValueError(f"{folder}: {name} holds NaN or infinity: download or export it again")
 
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
     if not stacked:
         (name,) = leaf.names
-        whole, finite = _widened(tensor(name), sharding, everywhere)
+        whole, finite = _widened(tensor(name), sharding)
         checked(finite)
         return whole
     whole = jnp.zeros(shape, jnp.float32, device=sharding)
     for name, index in leaf.names.items():
         place = np.array(index, np.int32)
-        whole, finite = _placed(whole, tensor(name), place, leaf.transposed, everywhere)
+        whole, finite = _placed(whole, tensor(name), place, leaf.transposed)
         # It also waits: transfers run ahead of the copies that free them.
         checked(finite)
     return whole
 
 
-def _finite(tensor: jax.Array, everywhere: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jnp.isfinite(tensor).all(), everywhere)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _widened(
-    tensor: jax.Array, sharding: NamedSharding, everywhere: NamedSharding
-) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames="sharding")
+def _widened(tensor: jax.Array, sharding: NamedSharding) -> tuple[jax.Array, jax.Array]:
     """The parameter, and whether it is finite."""
     whole = jax.lax.with_sharding_constraint(tensor.astype(jnp.float32), sharding)
-    return whole, _finite(tensor, everywhere)
+    return whole, jnp.isfinite(tensor).all()
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames="transposed", donate_argnums=0)
 def _placed(
-    whole: jax.Array,
-    tensor: jax.Array,
-    index: jax.Array,
-    transposed: bool,
-    everywhere: NamedSharding,
+    whole: jax.Array, tensor: jax.Array, index: jax.Array, transposed: bool
 ) -> tuple[jax.Array, jax.Array]:
     """`whole` with the tensor at `index` of its leading axes, and whether that is finite."""
-    finite = _finite(tensor, everywhere)
+    finite = jnp.isfinite(tensor).all()
     tensor = (tensor.T if transposed else tensor).astype(whole.dtype)
     at = [*index, *(0,) * tensor.ndim]
     tensor = tensor.reshape((1,) * len(index) + tensor.shape)
