@@ -199,6 +199,7 @@ class Engine:
 
         But for repetition penalties: the first chunk that has one compiles.
         """
+        self._notice(params, self._version)
         self._device.warm_up(params)
         self.stats.compilations = self._device.compilations
 
@@ -218,6 +219,7 @@ class Engine:
         same = policy_version == self._version and len(leaves) == len(self._leaves)
         if not same or any(r() is not leaf for r, leaf in zip(self._leaves, leaves, strict=True)):
             self._scheduler.restart()
+            self._device.use(params)
         self._version, self._leaves = policy_version, [weakref.ref(leaf) for leaf in leaves]
 
     def _decode(self, params: Params, policy_version: int) -> list[Event]:

@@ -24,7 +24,7 @@ from dppo_jax.sampling.engine_inputs import (
     shape_of,
     view_widths,
 )
-from dppo_jax.sampling.engine_programs import Chunk, Programs, Slots, empty_hidden
+from dppo_jax.sampling.engine_programs import Chunk, Layers, Programs, Slots, empty_hidden
 from dppo_jax.sampling.paged_cache import empty_pages, storage_dtype
 from dppo_jax.sampling.scheduler import Round
 from dppo_jax.sampling.sequences import Sample
@@ -86,6 +86,17 @@ class EngineDevice:
             born = partial(empty_arrays, model.config, c, self.shape, self._programs.ragged)
             self._pages, self._hidden = jax.jit(born)()
         self._rows = SlotRows(c.slots, c.stop_ids, c.logit_biases)
+        self._layers: Layers | None = None
+
+    def use(self, params: Params) -> None:
+        """To be told when there are other parameters.
+
+        On a CPU their layers are cut once, a copy; on accelerators, whose memory is dear, by each
+        call.
+        """
+        if jax.default_backend() == "cpu":
+            self._layers = None  # the old ones go first
+            self._layers = self._counted(engine_programs.cut_layers, params, model=self.model)
 
     def warm_up(self, params: Params) -> None:
         """Compiles every program but those with a repetition penalty."""
@@ -149,6 +160,7 @@ class EngineDevice:
             max_context=self.config.max_context,
             cache_dtype=self.config.cache_dtype,
             record_experts=self.config.record_experts,
+            layers=self._layers,
         )
         return last, experts
 
@@ -161,6 +173,7 @@ class EngineDevice:
             slots,
             model=self.model,
             programs=self._programs,
+            layers=self._layers,
         )
         return chunk
 

@@ -70,13 +70,27 @@ class Chunk(NamedTuple):
     steps: Int[Array, ""]
 
 
-def _blocks(decoder: Decoder) -> list[Block]:
+Layers = list[Any]  # the weights of each layer
+
+
+def _cut(decoder: Decoder) -> Layers:
+    _, stacked = nnx.split(decoder.blocks)
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(decoder.config.layers)]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def cut_layers(params: Params, *, model: Model) -> Layers:
+    """A copy of each layer's weights, for the `layers` of the programs below.
+
+    They cut the stacked weights themselves where they are given None, in each call anew.
+    """
+    return _cut(model.bind(params))
+
+
+def _blocks(decoder: Decoder, layers: Layers | None) -> list[Block]:
     """One slice a layer, so that a loop reads weights and copies none."""
-    graphdef, stacked = nnx.split(decoder.blocks)
-    return [
-        nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-        for i in range(decoder.config.layers)
-    ]
+    graphdef, _ = nnx.split(decoder.blocks)
+    return [nnx.merge(graphdef, layer) for layer in layers or _cut(decoder)]
 
 
 @functools.partial(
@@ -97,6 +111,7 @@ def prefill(
     max_context: int,
     cache_dtype: str,
     record_experts: bool,
+    layers: Layers | None = None,
 ) -> tuple[list[LayerPages], Float[Array, "N D"], Int[Array, "N L layers k"] | None]:
     """Writes the keys and values of `tokens` to pages `to`; the last token's hidden state, and the
     experts of all where they are asked.
@@ -118,7 +133,7 @@ def prefill(
     new_pages: list[LayerPages] = []
     experts: list[Any] = []
     write = by_shard(write_pages, axes, TOKENS, SLOTS, gives=axes)
-    for block, layer, window in zip(_blocks(decoder), pages, c.windows, strict=True):
+    for block, layer, window in zip(_blocks(decoder, layers), pages, c.windows, strict=True):
         q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
         new = rounded(k, v, dtype)
         k, v = restored(new, x.dtype)
@@ -189,6 +204,7 @@ def decode_chunk(
     *,
     model: Model,
     programs: Programs,
+    layers: Layers | None = None,
 ) -> tuple[list[LayerPages], Float[Array, "B D"], Chunk]:
     """Draws up to `programs.chunk` tokens in each slot, fewer where all have ended before.
 
@@ -196,7 +212,7 @@ def decode_chunk(
     attend as the `decode_forms` say.
     """
     decoder, c = model.bind(params), model.config
-    blocks = _blocks(decoder)
+    blocks = _blocks(decoder, layers)
     unembedding = constrain(decoder.unembedding_matrix(), "vocab", None)
     batch = len(slots.length)
     tables = rope_tables(c, programs.max_context)
