@@ -166,6 +166,8 @@ def bench_sample(
         page_size=page_size,
         prefill_buckets=(shape.prompt_length, whole),
         prefix_cache=False,  # the prompts of all runs are the same
+        samples=shape.samples,
+        shared_tokens=shape.prompt_length,
         top_k_capture=top_k,
         cache_dtype=cache_dtype,
     )

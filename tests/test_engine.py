@@ -21,6 +21,8 @@ from dppo_jax.sampling.paged_cache import restored, rounded
 from dppo_jax.sampling.pages import Pages
 from dppo_jax.sampling.requests import SamplingParams
 from dppo_jax.sampling.scheduler import Prefill, Prefilled
+from dppo_jax.sampling.sequences import Request, Sample
+from dppo_jax.sampling.shared_prompts import SharedShape, find_shared, shared_shape
 
 CONFIG = EngineConfig(
     slots=3,
@@ -224,6 +226,64 @@ def test_pages_that_run_out_delay_and_preempt(tiny, mixed):
     assert "30 tokens need 8 pages of the cache, which has 7" in refused.error
     assert refused.finish_name == "error" and len(refused.tokens) == 0
     check(tiny, PROMPTS[1], MIXED[1], served)
+
+
+SHARING = dataclasses.replace(
+    CONFIG, slots=6, max_context=20, prefill_buckets=(20,), pages=20, samples=3, shared_tokens=9
+)
+# Groups that are split, cut short and more than there is room for; a prompt of no whole page.
+SHARERS = [dataclasses.replace(s, n=n) for s, n in zip(MIXED, (7, 2, 3, 2), strict=True)]
+
+
+def test_a_prompt_is_read_once_for_its_samples(tiny):
+    engine = Engine(tiny[0], SHARING)
+    drawn = engine.generate(tiny[1], PROMPTS, SHARERS)
+    for prompt, sampling, completions in zip(PROMPTS, SHARERS, drawn, strict=True):
+        for completion in completions:
+            check(tiny, prompt, sampling, completion)
+    assert emptied(engine) and engine.stats.preemptions > 0
+
+
+def test_what_is_read_once_is_scaled_and_seen_as_each_slots_own(tiny):
+    """int8 keys and values, and a layer that sees the last six tokens."""
+    config = dataclasses.replace(tiny[0].config, window=6, local_layers=(True, False))
+    once = dataclasses.replace(SHARING, cache_dtype="int8")
+    own = dataclasses.replace(once, samples=1)
+    sampling = SamplingParams(max_new_tokens=8, n=4, seed=3)
+    drawn, expected = (
+        Engine(Model(config), c).generate(tiny[1], [PROMPTS[2]], sampling)[0] for c in (once, own)
+    )
+    for one, other in zip(drawn, expected, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
+
+
+def in_slot(slot, prompt, pages, slots=4):
+    request = Request(0, np.arange(prompt), SamplingParams(max_new_tokens=1))
+    sample = Sample(request, 0, [], 0.0)
+    sample.slot, sample.shard, sample.pages, sample.length = slot, slot // slots, pages, prompt
+    return sample
+
+
+def test_who_shares_a_prompt_by_hand():
+    """Two shards of four slots, pages of 4 tokens, at most 2 of a prompt for 2 sharers."""
+    of = shared_shape(slots=4, samples=2, pages=2)
+    assert of == SharedShape(rows=3, sharers=2, pages=2)
+    running = [
+        in_slot(0, 9, [5, 6, 7]),
+        in_slot(2, 9, [5, 6, 8]),
+        in_slot(3, 9, [5, 6, 9]),  # finds no second sharer
+        in_slot(1, 3, [4]),  # has no whole page
+        in_slot(4, 9, [5, 6, 7]),  # the same numbers in another shard are others' pages
+        in_slot(6, 6, [1, 2]),
+        in_slot(7, 6, [1, 3]),
+    ]
+    found = find_shared(running, 2, 4, of, 4)
+    np.testing.assert_array_equal(found.pages, [[5, 6], [0, 0], [0, 0], [1, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(found.slots[[0, 3]], [[0, 2], [2, 3]])
+    np.testing.assert_array_equal(found.place, [0, 0, 1, 0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(found.length, [8, 0, 8, 0, 0, 0, 4, 4])
+    assert shared_shape(4, 1, 2) is shared_shape(4, 2, 0) is None
 
 
 def test_new_parameters_are_noticed(tiny, engine):

@@ -12,8 +12,8 @@ from dppo_jax.plan.abstract import bytes_of, laid_out
 from dppo_jax.plan.programs import Program, Settings, Step
 from dppo_jax.sampling import engine_programs
 from dppo_jax.sampling.engine_config import EngineConfig
-from dppo_jax.sampling.engine_device import empty_arrays, programs_of, shards_of, widths_of
-from dppo_jax.sampling.engine_inputs import SlotRows, empty_calls, shape_of
+from dppo_jax.sampling.engine_device import empty_arrays, programs_of, shards_of
+from dppo_jax.sampling.engine_inputs import SlotRows, empty_calls, reads_of, shape_of
 from dppo_jax.sampling.rollouts import Continuous, MakeRollouts, sized
 from dppo_jax.sharding import spec_of
 
@@ -105,7 +105,8 @@ class _Engine:
     def decode(self) -> Program:
         """A chunk of tokens in every slot, which look at as many pages as a sequence may have."""
         c, s = self._config, self._step.settings
-        widest = widths_of(self._shape, self._programs.ragged)[-1:]
+        reads = reads_of(c, self._shape, self._programs.ragged)
+        widest = reads._replace(widths=reads.widths[-1:])
         slots = SlotRows(c.slots, c.stop_ids, c.logit_biases).slots([], c, self._shape, widest)
         given = self._step.sampled_with, self._pages, self._hidden
         return Program(

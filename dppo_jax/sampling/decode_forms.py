@@ -6,6 +6,7 @@ devices that hold the slot, and heads are split over tensor.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,7 +15,14 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.models.config import DecoderConfig
-from dppo_jax.sampling.paged_attention import attend_view, bias_of, tokens_from, with_column
+from dppo_jax.sampling.paged_attention import (
+    Prompts,
+    attend_view,
+    bias_of,
+    prompt_bias,
+    tokens_from,
+    with_column,
+)
 from dppo_jax.sampling.paged_cache import (
     RAGGED,
     SPLIT,
@@ -25,6 +33,7 @@ from dppo_jax.sampling.paged_cache import (
     rounded,
     view_of,
 )
+from dppo_jax.sampling.shared_prompts import Shared
 from dppo_jax.sharding import spec_of
 
 # Logical axes that split arrays [slots, tokens, heads, ...], [slots, heads, ...], and of slots.
@@ -59,6 +68,7 @@ class Where(NamedTuple):
     table: Int[Array, "B E"]
     new_pages: Int[Array, "B F"]
     length: Int[Array, " B"]
+    shared: Shared | None = None  # prompts whose pages are not in `table`
 
     def places(self, columns: Array, page_size: int) -> tuple[Array, Array]:
         """Page and place of token `length` + column, for columns [C] or a single one."""
@@ -105,20 +115,30 @@ class Viewed:
             return view_of(layer, table, self.chunk)
 
         look = by_shard(look, SPLIT, SLOTS, gives=HEADS)
+        self.prompts: list[View | None] = [None] * len(pages)
+        if where.shared is not None:
+            whole = by_shard(partial(view_of, room=0), SPLIT, SLOTS, gives=HEADS)
+            self.prompts = [whole(layer, where.shared.pages) for layer in pages]
         return [look(layer, where.table) for layer in pages]
 
     def step(self, layer, state, q, k, v, step, active):
         window = self.config.windows[layer]
 
-        def attend(q, new, view: View, length, step):
-            columns = view.v.shape[2]
+        def attend(q, new, view: View, prompts: View | None, where: Where, step):
+            columns, shared = view.v.shape[2], where.shared
             view = with_column(view, new, columns - self.chunk + step)
-            bias = bias_of(columns, length, self.chunk, step, window)
-            return attend_view(self.config, q, view, bias), view
+            before, of_prompts = jnp.zeros((1, 1), jnp.int32), None
+            if prompts is not None and shared is not None:
+                before = shared.length[:, None]
+                seen = prompt_bias(prompts.v.shape[2], where.length, before, step, window)
+                of_prompts = Prompts(prompts, shared, seen)
+            bias = bias_of(columns, where.length, before, self.chunk, step, window)
+            return attend_view(self.config, q, view, bias, of_prompts), view
 
-        given = (HEADS, HEADS, HEADS, SLOTS, WHOLE)
+        given = (HEADS, HEADS, HEADS, HEADS, SLOTS, WHOLE)
         attend = by_shard(attend, *given, gives=(HEADS, HEADS))
-        return attend(q, rounded(k, v, self.dtype), state, self.where.length, step)
+        new = rounded(k, v, self.dtype)
+        return attend(q, new, state, self.prompts[layer], self.where, step)
 
     def finish(self, pages, states, counts):
         def write(layer: SplitPages, view: View, where: Where, counts):

@@ -18,6 +18,10 @@ class EngineConfig:
     prefill_buckets: tuple[int, ...] = ()  # lengths; by default powers of two up to max_context
     prefill_tokens: int = 2048  # of one call, padding included
     prefix_cache: bool = True  # prompts that begin alike share pages
+    # Samples of a prompt that decode together, and how many of its tokens are then read once for
+    # all of them. By default each reads its own, as in the kernel for TPUs in any case.
+    samples: int = 1
+    shared_tokens: int = 0
     continuous: bool = True  # False: slots are filled again only when all of them are free
     top_k_capture: int = 20
     cache_dtype: str = "model"  # or bfloat16, or int8 with a scale for each token and head
@@ -32,7 +36,7 @@ class EngineConfig:
     def __post_init__(self):
         sizes = dict(
             slots=self.slots, max_context=self.max_context, chunk=self.chunk,
-            page_size=self.page_size, prefill_tokens=self.prefill_tokens,
+            page_size=self.page_size, prefill_tokens=self.prefill_tokens, samples=self.samples,
         )  # fmt: skip
         for name, size in sizes.items():
             if size < 1:
@@ -45,8 +49,9 @@ class EngineConfig:
             raise ValueError(f"cache_dtype={self.cache_dtype!r}: use 'model', 'bfloat16' or 'int8'")
         if self.logp not in ("sampled", "raw"):
             raise ValueError(f"logp={self.logp!r}: use 'sampled' or 'raw'")
-        if self.top_k_capture < 0 or self.stop_ids < 0 or self.logit_biases < 0:
-            raise ValueError("top_k_capture, stop_ids and logit_biases must not be negative")
+        for name in ("top_k_capture", "shared_tokens", "stop_ids", "logit_biases"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.replay and not self.top_k_capture:
             raise ValueError("replay records kept sets among the top K: set top_k_capture above 0")
         if self.record_experts and self.prefix_cache:

@@ -21,8 +21,8 @@ from dppo_jax.sampling.engine_inputs import (
     SlotRows,
     empty_calls,
     prefill_calls,
+    reads_of,
     shape_of,
-    view_widths,
 )
 from dppo_jax.sampling.engine_programs import Chunk, Layers, Programs, Slots, empty_hidden
 from dppo_jax.sampling.paged_cache import empty_pages, storage_dtype
@@ -65,12 +65,6 @@ def empty_arrays(model: DecoderConfig, c: EngineConfig, shape: Shape, ragged: bo
     return made, empty_hidden(model, c.slots)
 
 
-def widths_of(shape: Shape, ragged: bool) -> list[int]:
-    """Pages a slot that the decoding loop is compiled for; the ragged kernel reads no more than
-    there are."""
-    return [shape.pages_a_sequence] if ragged else view_widths(shape.pages_a_sequence)
-
-
 class EngineDevice:
     """Pages and hidden states of the slots; does what the scheduler decides."""
 
@@ -86,6 +80,7 @@ class EngineDevice:
             born = partial(empty_arrays, model.config, c, self.shape, self._programs.ragged)
             self._pages, self._hidden = jax.jit(born)()
         self._rows = SlotRows(c.slots, c.stop_ids, c.logit_biases)
+        self._reads = reads_of(c, self.shape, self._programs.ragged)
         self._layers: Layers | None = None
 
     def use(self, params: Params) -> None:
@@ -104,8 +99,9 @@ class EngineDevice:
         self._copy(np.zeros_like(nowhere), nowhere)
         for call in empty_calls(self.config, self.shape):
             self._place(self._prefill(params, call)[0], np.full_like(nowhere, -1))
-        for width in self._widths:
-            self._decode(params, self._rows.slots([], self.config, self.shape, [width]))
+        for width in self._reads.widths:
+            reads = self._reads._replace(widths=[width])
+            self._decode(params, self._rows.slots([], self.config, self.shape, reads))
 
     def do(self, params: Params, round_: Round) -> None:
         """Copies pages and takes hidden states for samples that start, then prefills."""
@@ -137,12 +133,8 @@ class EngineDevice:
 
     def decode(self, params: Params, running: Sequence[Sample]) -> Chunk:
         """A chunk of tokens in every slot that somebody is in; on the host."""
-        slots = self._rows.slots(running, self.config, self.shape, self._widths)
+        slots = self._rows.slots(running, self.config, self.shape, self._reads)
         return jax.device_get(self._decode(params, slots))
-
-    @property
-    def _widths(self) -> list[int]:
-        return widths_of(self.shape, self._programs.ragged)
 
     def _copy(self, source: np.ndarray, to: np.ndarray) -> None:
         self._pages = self._counted(engine_programs.copy, self._pages, source, to)

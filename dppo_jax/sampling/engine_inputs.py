@@ -14,6 +14,7 @@ from dppo_jax.sampling.requests import SamplingParams
 from dppo_jax.sampling.rows import row_of, stacked
 from dppo_jax.sampling.scheduler import Prefill
 from dppo_jax.sampling.sequences import Sample
+from dppo_jax.sampling.shared_prompts import SharedShape, find_shared, shared_shape
 
 
 class Shape(NamedTuple):
@@ -41,6 +42,22 @@ def shape_of(c: EngineConfig, model: DecoderConfig, shards: int) -> Shape:
     return Shape(shards, pages // shards, most)
 
 
+class Reads(NamedTuple):
+    """What a chunk may read, as the decoding loop is compiled for it."""
+
+    widths: list[int]  # pages of a slot, ascending
+    shared: SharedShape | None = None  # prompts of several slots, whose pages count to no slot's
+
+
+def reads_of(c: EngineConfig, shape: Shape, ragged: bool) -> Reads:
+    """The ragged kernel reads no more than there is, and each slot's prompt."""
+    if ragged:
+        return Reads([shape.pages_a_sequence])
+    pages = min(c.shared_tokens // c.page_size, shape.pages_a_sequence)
+    shared = shared_shape(c.slots // shape.shards, c.samples, pages)
+    return Reads([0] * bool(shared) + view_widths(shape.pages_a_sequence), shared)
+
+
 class SlotRows:
     """The sampling parameters of whoever is in each slot, kept from chunk to chunk."""
 
@@ -59,12 +76,11 @@ class SlotRows:
         self._stop_ids[slot, : len(sampling.stop_ids)] = sampling.stop_ids
 
     def slots(
-        self, running: Sequence[Sample], c: EngineConfig, shape: Shape, widths: Sequence[int]
+        self, running: Sequence[Sample], c: EngineConfig, shape: Shape, reads: Reads
     ) -> Slots:
         """The batch of a chunk. Unused places hold page 0 to read and none to write.
 
-        `widths` are those that the table may have, ascending; with one, it lists the chunk's pages
-        too.
+        With a single width the table lists the chunk's pages too.
         """
         size, slots = c.page_size, len(self._stop_ids)
         numbers: dict[str, Any] = {
@@ -72,7 +88,9 @@ class SlotRows:
         }
         read: list[list[int]] = [[] for _ in range(slots)]
         written: list[list[int]] = [[] for _ in range(slots)]
-        history = None
+        history = shared = None
+        if reads.shared is not None:
+            shared = find_shared(running, shape.shards, slots // shape.shards, reads.shared, size)
         if any(s.request.sampling.repetition_penalty != 1 for s in running):
             history = np.full((slots, c.max_context), -1, np.int32)
         for sample in running:
@@ -80,17 +98,20 @@ class SlotRows:
             numbers["length"][at] = sample.length
             numbers["drawn"][at] = sample.count
             numbers["remaining"][at] = sample.remaining
-            read[at] = sample.pages[: -(-sample.length // size) if len(widths) > 1 else None]
+            before = 0 if shared is None else int(shared.length[at]) // size
+            end = -(-sample.length // size) if len(reads.widths) > 1 else None
+            read[at] = sample.pages[before:end]
             written[at] = sample.pages[sample.length // size :]
             if history is not None:
                 history[at, : sample.length] = sample.context
-        width = next(width for width in widths if width >= max(map(len, read)))
+        width = next(width for width in reads.widths if width >= max(map(len, read)))
         numbers |= dict(
             table=table_of(read, width, 0),
             new_pages=table_of(written, -(-c.chunk // size) + 1, shape.pages),
             stop_ids=self._stop_ids.copy(),
             rows=jax.tree.map(np.copy, self._rows),
             history=history,
+            shared=shared,
         )
         return Slots(**numbers)
 

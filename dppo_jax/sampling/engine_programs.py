@@ -30,6 +30,7 @@ from dppo_jax.sampling.paged_cache import (
     tokens_of,
     write_pages,
 )
+from dppo_jax.sampling.shared_prompts import Shared
 from dppo_jax.sharding import constrain, sampler_layout, viewed
 
 
@@ -58,6 +59,7 @@ class Slots(NamedTuple):
     stop_ids: Int[Array, "B S"]  # -1 where there is room
     rows: RowSampling
     history: Int[Array, "B max_context"] | None  # tokens so far, -1 after them
+    shared: Shared | None = None  # prompts whose pages are not in `table`
 
 
 class Chunk(NamedTuple):
@@ -218,7 +220,8 @@ def decode_chunk(
     tables = rope_tables(c, programs.max_context)
     dtype = storage_dtype(c, programs.cache_dtype)
     form = Ragged(c, dtype) if programs.ragged else Viewed(c, dtype, programs.chunk)
-    states = form.start(pages, Where(slots.table, slots.new_pages, slots.length))
+    where = Where(slots.table, slots.new_pages, slots.length, slots.shared)
+    states = form.start(pages, where)
     everyone = jnp.arange(batch)
     ahead = row_numbers(slots.rows, slots.drawn, programs.chunk)
 

@@ -99,8 +99,8 @@ class Continuous:
     """
 
     def __init__(self, context: RolloutContext, config: EngineConfig):
-        sized(config, context.settings, context.max_prompt_tokens)
-        self._context, self._config = context, config
+        self._context = context
+        self._config = sized(config, context.settings, context.max_prompt_tokens)
         self._engines: dict[tuple, Engine] = {}
 
     def engine(self, params: Params, settings: SamplingConfig) -> Engine:
@@ -149,7 +149,11 @@ def sized(config: EngineConfig, settings: SamplingConfig, max_prompt_tokens: int
             f"EngineConfig.max_context={config.max_context} is less than max_prompt_tokens + "
             f"max_new_tokens = {longest}: set it to that or more"
         )
-    return with_settings(config, settings)
+    return dataclasses.replace(
+        with_settings(config, settings),
+        samples=settings.samples_per_prompt,
+        shared_tokens=max_prompt_tokens,
+    )
 
 
 def with_settings(config: EngineConfig, settings: SamplingConfig) -> EngineConfig:

@@ -21,6 +21,8 @@ CONFIG = EngineConfig(
     prefill_buckets=(16,),
     prefill_tokens=128,
     top_k_capture=3,
+    samples=2,
+    shared_tokens=8,
 )
 MESHES = {
     "fsdp 2 x sequence 2 x tensor 2": MeshConfig(fsdp=2, sequence=2, tensor=2),

@@ -29,7 +29,7 @@ from dppo_jax.plan.hlo import costs_of
 from dppo_jax.sampling import engine_programs
 from dppo_jax.sampling.decode_forms import why_not_ragged
 from dppo_jax.sampling.engine_config import EngineConfig
-from dppo_jax.sampling.engine_inputs import SlotRows, empty_calls, shape_of
+from dppo_jax.sampling.engine_inputs import SlotRows, empty_calls, reads_of, shape_of
 from dppo_jax.sampling.engine_programs import Programs
 from dppo_jax.sampling.paged_cache import RAGGED, RaggedPages, page_bytes
 from dppo_jax.sharding import MeshConfig, axes_of, shardings_of, spec_of
@@ -76,7 +76,7 @@ def main(topology: str, layers: int, names: list[str]) -> dict:
     pages = [RaggedPages(array(kv, jnp.bfloat16, *RAGGED))] * layers
     hidden = array((c.slots, config.width), jnp.bfloat16, "tokens", "width")
     slots = SlotRows(c.slots, c.stop_ids, c.logit_biases).slots(
-        [], c, shape, [shape.pages_a_sequence]
+        [], c, shape, reads_of(c, shape, ragged=True)
     )
     programs = Programs(c.chunk, CONTEXT, c.top_k_capture, False, "model", ragged=True)
     calls = list(empty_calls(c, shape))
