@@ -50,11 +50,12 @@ class Shape:
     tail_median: int = 0  # 0: every response has response_length tokens
 
 
-# Of the comparison with other samplers, of continuous batching, and of an accelerator.
+# Of the comparison with other samplers, of continuous batching (as many responses as a step of the
+# paper's recipe has), and of an accelerator.
 PRESETS = {
     "small-batch": Shape(SMALL, 4096, 16, 1, 64, 128, 16),
     "large-batch": Shape(SMALL, 1024, 16, 8, 32, 128, 128),
-    "long-tail": Shape(SMALL, 1024, 128, 1, 32, 512, 16, tail_median=64),
+    "long-tail": Shape(SMALL, 1024, 512, 1, 32, 512, 64, tail_median=64),
     "qwen3-1.7b": Shape(QWEN3_1_7B, 151_936, 16, 8, 512, 512, 128),
 }
 
