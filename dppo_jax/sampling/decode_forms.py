@@ -101,8 +101,8 @@ class DecodeForm(Protocol):
 class Viewed:
     """A dense copy of the pages in use is made once a chunk, with room for what the loop draws.
 
-    That goes to its pages at the end. Of a prompt that slots share there is one copy for all. For backends whose gathers cost more than the memory of the
-    copy.
+    That goes to its pages at the end. Of a prompt that slots share there is one copy for all. For
+    backends whose gathers cost more than the memory of the copy.
     """
 
     def __init__(self, config: DecoderConfig, dtype: jnp.dtype, chunk: int):
