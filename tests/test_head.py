@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,17 +46,22 @@ def weighted(out, weights):
     return sum(jnp.sum(w * o) for w, o in zip(weights, out, strict=True) if w is not None)
 
 
+@partial(jax.jit, static_argnames=("temperature", "soft_cap"))
+def _reference(x, w, ids, weights, temperature, soft_cap):
+    def loss(x, w):
+        out = reference(x, w, ids, temperature, soft_cap)
+        return weighted(out, weights), out
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, w)
+
+
 def reference64(hidden, unembedding, ids, weights, temperature=1.0, soft_cap=None):
     """Outputs and both gradients of `weighted` in float64 from the same rounded inputs."""
     with jax.enable_x64(True):
-        x, w = (jnp.asarray(np.asarray(a, np.float64)) for a in (hidden, unembedding))
-
-        def loss(x, w):
-            out = reference(x, w, jnp.asarray(np.asarray(ids)), temperature, soft_cap)
-            cotangents = [None if g is None else np.asarray(g, np.float64) for g in weights]
-            return weighted(out, cotangents), out
-
-        (_, out), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, w)
+        x, w, weights = jax.tree.map(
+            lambda a: np.asarray(a, np.float64), (hidden, unembedding, list(weights))
+        )
+        (_, out), grads = _reference(x, w, np.asarray(ids), weights, temperature, soft_cap)
         return [np.asarray(a) for a in out], [np.asarray(g) for g in grads]
 
 

@@ -244,6 +244,9 @@ def test_metrics_by_hand():
     np.testing.assert_allclose([maxima["ratio/max"], maxima["divergence/max"]], [2.5, 0.3])
 
 
+BOUNDED = [o.dppo_binary_tv(), o.dppo_binary_kl(), o.grpo(0.3, 0.3)]
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     log_mu=st.floats(-12, -0.0078125, width=32),
@@ -260,11 +263,8 @@ def test_masks_follow_their_definition(log_mu, log_pi, advantage):
     rollout = replace(batch.rollout, logp_rollout=jnp.asarray([[log_mu]], jnp.float32))
     batch = replace(batch, rollout=rollout)
     away = (advantage > 0 and log_pi > log_mu) or (advantage < 0 and log_pi < log_mu)
-    for objective, distance, delta in [
-        (o.dppo_binary_tv(), abs(mu - pi), 0.15),
-        (o.dppo_binary_kl(), kl, 0.05),
-        (o.grpo(0.3, 0.3), abs(ratio - 1), 0.3),
-    ]:
+    distances = [(abs(mu - pi), 0.15), (kl, 0.05), (abs(ratio - 1), 0.3)]
+    for objective, (distance, delta) in zip(BOUNDED, distances, strict=True):
         if abs(distance - delta) < 1e-5:
             continue
         dropped = away and distance > delta

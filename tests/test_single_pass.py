@@ -57,7 +57,7 @@ def reference64(hidden, unembedding, ids, rows, temperature=1.0, soft_cap=None):
             lse, at, entropy = reference(x, w, jnp.asarray(np.asarray(ids)), temperature, soft_cap)
             return losses(TokenTerms(at - lse[:, None], entropy), rows).sum()
 
-        value, grads = jax.value_and_grad(total, (0, 1))(x, w)
+        value, grads = jax.jit(jax.value_and_grad(total, (0, 1)))(x, w)
         return float(value), [np.asarray(g) for g in grads]
 
 

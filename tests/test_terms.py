@@ -17,20 +17,15 @@ from dppo_jax.records import LossSum, Objective
 
 sys.path.insert(0, str(Path(__file__).parent / "contracts"))
 
-import objective_batches  # noqa: E402
 from objective_batches import (  # noqa: E402
     from_probabilities,
+    loss_and_gradient,
     make_batch,
     scribble_padding,
     take_rows,
 )
 
 QUANTILES = 5
-
-
-def loss_and_gradient(objective, stats, batch):
-    """As one program, which compiles faster than its operations do."""
-    return jax.jit(partial(objective_batches.loss_and_gradient, objective))(stats, batch)
 
 
 def with_values(stats, batch, quantiles=None, seed=0):

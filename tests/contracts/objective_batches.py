@@ -1,6 +1,7 @@
 """Batches for the objective tests, made of real distributions so that every field is consistent."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -141,14 +142,20 @@ def scribble_padding(stats, batch, columns):
     return jax.tree.map(outside, stats), wider
 
 
-def loss_and_gradient(objective, stats, batch):
-    """The objective's LossSum and d loss_sum / d stats (every field)."""
+@cache
+def _differentiated(loss):
+    """Kept, so that batches of one shape share a program."""
 
-    def loss_sum(stats):
-        result = objective.loss(stats, batch)
+    def loss_sum(stats, batch):
+        result = loss(stats, batch)
         return result.loss_sum, result
 
-    (_, result), gradient = jax.jit(jax.value_and_grad(loss_sum, has_aux=True))(stats)
+    return jax.jit(jax.value_and_grad(loss_sum, has_aux=True))
+
+
+def loss_and_gradient(objective, stats, batch):
+    """The objective's LossSum and d loss_sum / d stats (every field)."""
+    (_, result), gradient = _differentiated(objective.loss)(stats, batch)
     return result, gradient
 
 
