@@ -24,10 +24,11 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 # Most of the tests' time is the compiler's, on programs that run once. Its older emitters take
-# half of it, where it still has them. Read when JAX first computes.
+# half of it, where it still has them, and code in one piece costs less than in many. Read when
+# JAX first computes; XLA stops at a flag that it does not know.
 QUICK = "--xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
+    QUICK += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", QUICK)
 
 # The first example of a property compiles; how long that takes says nothing.

@@ -125,18 +125,25 @@ def test_the_raw_log_probability_is_the_policys_own(name, logits, drawn):
 def test_rows_alike_are_drawn_as_by_the_scalar_form():
     hidden = jax.random.normal(jax.random.key(0), (50, 8))
     matrix = jax.random.normal(jax.random.key(1), (VOCABULARY, 8))
-    for params in (SamplingParams(1, temperature=0.7), REQUESTS["three"]):
-        rows, position = batch_of(params, 50), jnp.arange(50)
+    position = jnp.arange(50)
+
+    @functools.partial(jax.jit, static_argnames="params")
+    def run(rows, params):
         filters = Filters(params.top_k, params.top_p, params.min_p)
-        ours = sample_rows(hidden, matrix, rows, position, None, top_k_capture=4, soft_cap=3.0)
         logits = 3.0 * jnp.tanh(hidden @ matrix.T / 3.0)
-        want = draw(
-            logits, numbers(row_keys(rows, position), len(logits)), params.temperature, 4, filters
-        )
+        at = numbers(row_keys(rows, position), len(logits))
         shared_key = sample(
             hidden, matrix, jax.random.key(0), temperature=params.temperature, top_k_capture=4,
             filters=filters, soft_cap=3.0,
         )  # fmt: skip
+        return (
+            sample_rows(hidden, matrix, rows, position, None, top_k_capture=4, soft_cap=3.0),
+            draw(logits, at, params.temperature, 4, filters),
+            shared_key,
+        )
+
+    for params in (SamplingParams(1, temperature=0.7), REQUESTS["three"]):
+        ours, want, shared_key = run(batch_of(params, 50), params)
         np.testing.assert_array_equal(ours.token, want.token)
         for name in ("topk_ids", "topk_logp", "entropy"):
             for other in (want, shared_key):
@@ -150,10 +157,12 @@ def test_same_seed_same_tokens_whatever_the_batch():
     position = jnp.array([0, 1, 2, 3, 0, 1, 2, 3])
     history = jnp.broadcast_to(jnp.array(HISTORY), (8, len(HISTORY)))
 
+    compiled = jax.jit(draw_rows, static_argnums=4)
+
     def run(requests, order):
         rows = stacked([row_of(*r, biases=ROOM) for r in requests])
         rows, z, at = jax.tree.map(lambda leaf: leaf[order], (rows, logits, position))
-        out = draw_rows(z, jax.tree.map(jnp.asarray, rows), at, history, 4)
+        out = compiled(z, jax.tree.map(jnp.asarray, rows), at, history, 4)
         return jax.tree.map(lambda leaf: leaf[np.argsort(order)], out)
 
     mine = [(SamplingParams(9, seed=5), 0), (SamplingParams(9, seed=5), 1)] * 2

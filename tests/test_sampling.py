@@ -1,6 +1,7 @@
 """The sampler against the plain form: a whole forward pass for every token."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,16 @@ from dppo_jax.scoring import mismatch, score
 SETTINGS = SamplingConfig(max_new_tokens=9, samples_per_prompt=4, top_k_capture=5, end_ids=(3, 11))
 
 
-def plain_logits(model, params, tokens):
-    """Logits [S, V] after each of a list of tokens, without padding, cache or batch."""
+@functools.partial(jax.jit, static_argnums=0)
+def _plain(model, params, ids):
     decoder = model.bind(params)
-    ids = jnp.asarray(tokens, jnp.int32)[None]
     hidden, _ = full_forward(decoder, ids, jnp.ones_like(ids, bool))
     return hidden[0] @ decoder.unembedding_matrix().T
+
+
+def plain_logits(model, params, tokens):
+    """Logits [S, V] after each of a list of tokens, without padding, cache or batch."""
+    return _plain(model, params, np.asarray(tokens, np.int32)[None])
 
 
 def real_tokens(rollout, row):
