@@ -12,13 +12,18 @@ from dppo_jax.packing import Budget
 from dppo_jax.sharding import constrain
 
 
+def prompts_of(rows: Any) -> int:
+    """How many prompts the leaves of `rows` are of."""
+    return min(len(leaf) for leaf in jax.tree.leaves(rows))
+
+
 def microbatch(rows: Any, index: int | Int[Array, ""], parts: int) -> Any:
     """Part `index` of `parts`: the prompts index, index + parts, ... with all of their samples.
 
     Leaves lead with P prompts, or with P*G sequences, prompt by prompt. Strided parts keep every
     part's rows spread over the devices that hold them.
     """
-    prompts = min(len(leaf) for leaf in jax.tree.leaves(rows))
+    prompts = prompts_of(rows)
 
     def part(leaf):
         strided = leaf.reshape(prompts // parts, parts, len(leaf) // prompts, *leaf.shape[1:])
@@ -30,7 +35,7 @@ def microbatch(rows: Any, index: int | Int[Array, ""], parts: int) -> Any:
 
 def over_microbatches(of_part: Callable[[Any], Any], rows: Any, parts: int) -> Any:
     """What `of_part` says of each sequence of its part, [P*G, ...], in the order of the whole."""
-    prompts = min(len(leaf) for leaf in jax.tree.leaves(rows))
+    prompts = prompts_of(rows)
     stacked = jax.lax.map(lambda i: of_part(microbatch(rows, i, parts)), jnp.arange(parts))
 
     def whole(leaf):

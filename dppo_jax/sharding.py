@@ -185,6 +185,14 @@ def _on_torus(arrange: Any) -> np.ndarray:
         return arrange(allow_split_physical_axes=True)
 
 
+def mesh_here() -> AbstractMesh:
+    """The mesh that is set, with size 1 along axes that a `jax.shard_map` around here has split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = mesh.manual_axes
+    sizes = tuple(1 if axis in split else size for axis, size in mesh.shape.items())
+    return AbstractMesh(sizes, mesh.axis_names) if split else mesh
+
+
 def axes_of(
     logical_axis: str, mesh: Mesh | AbstractMesh, view: View, size: int = 0
 ) -> tuple[str, ...]:
@@ -261,7 +269,7 @@ def check_divides(
 
 def batch_shards() -> int:
     """How many pieces the mesh that is set splits the rows of a batch into; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here()
     if mesh.empty:
         return 1
     return math.prod(mesh.shape[axis] for axis in axes_of("batch", mesh, "compute"))
@@ -275,7 +283,7 @@ def head_layout(tokens: int, vocabulary: int) -> Layout | None:
     against its part of the vocabulary: the matrix and its gradient are then whole nowhere, and 10
     bytes a token and number of the width travel instead of 6 a row of the matrix.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here()
     if mesh.empty or mesh.size == 1:
         return None
     split, along = axes_of("tokens", mesh, "compute"), axes_of("vocab", mesh, "compute")
@@ -295,7 +303,7 @@ def sampler_layout(rows: int) -> Layout | None:
     RULES of "queries" and "vocab". Axes that do not divide the rows are left out. The unembedding
     is whole along D: `constrain(matrix, "vocab", None)` gathers it, once, outside the loop.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here()
     if mesh.empty or mesh.size == 1:
         return None
     split = axes_of("queries", mesh, "decode", rows)
@@ -305,12 +313,12 @@ def sampler_layout(rows: int) -> Layout | None:
 
 def sequence_shards() -> int:
     """How many devices the columns of a sequence are split over."""
-    return jax.sharding.get_abstract_mesh().shape.get("sequence", 1)
+    return mesh_here().shape.get("sequence", 1)
 
 
 def _blocks(rows: int, columns: int) -> tuple[int, int]:
     """Into how many blocks of rows and of columns the mesh cuts an array [rows, columns]."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here()
     down = math.prod(mesh.shape[axis] for axis in axes_of("batch", mesh, "compute"))
     across = sequence_shards()
     # What is not cut evenly is not a batch of the training step: the compiler lays it out.
@@ -342,7 +350,7 @@ def unflatten_tokens(x: jax.Array, rows: int, columns: int) -> jax.Array:
 
 def _lead(x: jax.Array, *logical_axes: str) -> jax.Array:
     """Pins the first dimensions; the others stay the compiler's."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here()
     spec = spec_of(logical_axes, mesh, "compute")
     free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - len(spec))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec, *free))
@@ -353,7 +361,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
     By the view that is current (`viewed`). Mesh axes that do not divide a dimension leave it alone.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here()
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(logical_axes, mesh, current_view(), x.shape))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,15 @@ import optax
 from jaxtyping import Array, Int
 
 from dppo_jax import packing
+from dppo_jax.accumulate import accumulate, accumulate_packed
 from dppo_jax.critic import Critic, HeadCritic
 from dppo_jax.models.decoder import Decoder, Model, Params
-from dppo_jax.packing import Budget
 from dppo_jax.parts import microbatch, over_microbatches, over_packed
 from dppo_jax.records import (
     EXACT,
     Batch,
     Counts,
     LossSum,
-    Max,
     Mean,
     Metrics,
     Objective,
@@ -69,71 +68,6 @@ def init_state(
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), carried, rollout_memory)
 
 
-def accumulate(
-    loss_of: Callable[[Any, Any], LossSum], params: Any, rows: Any, microbatches: int
-) -> tuple[Any, LossSum]:
-    """Gradient and value of Σ loss_sum / Σ weight_sum over the microbatches of `rows`.
-
-    `params` is any pytree of arrays, as is the gradient.
-    Exact: sums are accumulated unreduced and divided once. Weights of zero give a zero gradient.
-    """
-
-    def value_and_grad(micro):
-        def scalar(p):
-            out = loss_of(p, micro)
-            return out.loss_sum, out
-
-        (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(params)
-        return grads, out
-
-    if microbatches == 1:
-        grads, total = value_and_grad(rows)
-    else:
-
-        def add(grads, index):
-            more_grads, out = value_and_grad(microbatch(rows, index, microbatches))
-            return jax.tree.map(jnp.add, grads, more_grads), out
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        grads, stacked = jax.lax.scan(add, zeros, jnp.arange(microbatches))
-        total = LossSum(
-            jnp.sum(stacked.loss_sum), jnp.sum(stacked.weight_sum), fold_metrics(stacked.metrics)
-        )
-    scale = 1.0 / jnp.where(total.weight_sum > 0, total.weight_sum, 1.0)
-    return jax.tree.map(lambda g: g * scale, grads), total
-
-
-def accumulate_packed(
-    loss_of: Callable[[Any, Any], LossSum], params: Any, rows: Any, of: packing.Plan, budget: Budget
-) -> tuple[Any, LossSum]:
-    """`accumulate` over the packed microbatches of a plan: as many as it uses, compiled once."""
-
-    def value_and_grad(index):
-        def scalar(p):
-            out = loss_of(p, packing.take(rows, of, index, budget))
-            return out.loss_sum, out
-
-        (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(params)
-        return grads, out
-
-    def add(index, so_far):
-        grads, total = so_far
-        more, out = value_and_grad(index)
-        both = jax.tree.map(lambda *pair: jnp.stack(pair), total, out)
-        sums = jnp.sum(both.loss_sum), jnp.sum(both.weight_sum)
-        total = LossSum(*sums, fold_metrics(both.metrics))
-        return jax.tree.map(jnp.add, grads, more), total
-
-    shapes = jax.eval_shape(value_and_grad, 0)
-    empty, nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    for name, metric in nothing.metrics.items():
-        if isinstance(metric, Max):
-            nothing.metrics[name] = Max(jnp.full_like(metric.value, -jnp.inf))
-    grads, total = jax.lax.fori_loop(0, of.count, add, (empty, nothing))
-    scale = 1.0 / jnp.where(total.weight_sum > 0, total.weight_sum, 1.0)
-    return jax.tree.map(lambda g: g * scale, grads), total
-
-
 def gradient_step(
     state: TrainState,
     loss_of: Callable[[Params, Any], LossSum],
@@ -164,6 +98,15 @@ def apply_gradient(
 
 def _total(total: LossSum) -> Metrics:
     return {"loss/total": Mean(total.loss_sum, total.weight_sum)}
+
+
+class _Fixed(NamedTuple):
+    """What all microbatches' losses read, and none of their gradients is of."""
+
+    objective_state: Any
+    statistics: Any
+    rollout_params: Params | None
+    base: Params | None
 
 
 def make_update(
@@ -201,6 +144,9 @@ def make_update(
 
     exact = bool(objective.needs & EXACT)
     dropout, balance = model.dropout, model.config.load_balancing
+    # Is a microbatch's loss the sum of its prompts'? Not with experts' loads, or one dropout of it.
+    by_prompt = objective.scope != "batch" or objective.statistics is not None
+    apart = by_prompt and not (model.config.experts or dropout)
 
     def update(
         state: TrainState,
@@ -216,13 +162,11 @@ def make_update(
             )
         counted = isinstance(state.token_counts, jax.Array)
 
-        def with_state(batch: Batch) -> Batch:
+        def with_state(batch: Batch, carried: Any) -> Batch:
             size = model.config.vocab_size if counted else None
-            return dataclasses.replace(
-                batch, objective_state=state.objective_state, vocab_size=size
-            )
+            return dataclasses.replace(batch, objective_state=carried, vocab_size=size)
 
-        def policy_of(adapted: Params, seeds: Any) -> Params:
+        def policy_of(adapted: Params, base: Params | None, seeds: Any) -> Params:
             return model.policy(adapted, base, jax.random.key(seeds[0]) if dropout else None)
 
         def scored_before(rows: tuple[Batch, Any, Any]) -> TokenStats | None:
@@ -232,7 +176,7 @@ def make_update(
                 return None
 
             def of_part(part: tuple[Batch, Any, Any]) -> dict[str, Array]:
-                params = policy_of(state.params, part[1])
+                params = policy_of(state.params, base, part[1])
                 stats = score(model, params, part[0].rollout, temperature=temperature)
                 return {name: getattr(stats, name) for name in ("logp", "topk_logp", "entropy")}
 
@@ -244,10 +188,13 @@ def make_update(
                 found = over_packed(of_part, rows, of, budget, sequences)
             return TokenStats(**found)
 
-        def loss_of(trained: tuple[Params, Any], part: tuple[Batch, Any, Any]) -> LossSum:
+        def loss_of(
+            trained: tuple[Params, Any], part: tuple[Batch, Any, Any], fixed: _Fixed
+        ) -> LossSum:
             (adapted, value_params), (rows, seeds, slopes) = trained, part
-            params = policy_of(adapted, seeds)
-            rows = dataclasses.replace(with_state(rows), statistics=statistics)
+            params = policy_of(adapted, fixed.base, seeds)
+            rows = with_state(rows, fixed.objective_state)
+            rows = dataclasses.replace(rows, statistics=fixed.statistics)
             if token_local is not None:
                 loss_sum, stats, routing = loss_and_score(
                     model, params, rows, token_local, temperature=temperature
@@ -269,7 +216,7 @@ def make_update(
                     params,
                     rows.rollout,
                     temperature=temperature,
-                    rollout_params=rollout_params,
+                    rollout_params=fixed.rollout_params,
                     also=also,
                 )
                 out = (
@@ -290,13 +237,18 @@ def make_update(
         if scored is not None and objective.statistics is not None:
             statistics = objective.statistics(scored, batch)
         elif scored is not None:
-            whole, slopes = slopes_of(objective, scored, with_state(batch))
+            whole, slopes = slopes_of(objective, scored, with_state(batch, state.objective_state))
             rows = *rows[:2], slopes
+        fixed = (_Fixed(state.objective_state, statistics, rollout_params, base),)
         if of is None:
-            (grads, value_grads), total = accumulate(loss_of, trained, rows, microbatches)
+            (grads, value_grads), total = accumulate(
+                loss_of, trained, rows, microbatches, fixed, apart=apart
+            )
         else:
             budget = packing.budget_of(tokens_per_microbatch or 0, batch.rollout)
-            (grads, value_grads), total = accumulate_packed(loss_of, trained, rows, of, budget)
+            (grads, value_grads), total = accumulate_packed(
+                loss_of, trained, rows, of, budget, fixed
+            )
         if whole is not None:
             total = total._replace(
                 loss_sum=total.loss_sum + whole.loss_sum, metrics=total.metrics | whole.metrics

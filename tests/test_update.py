@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from dppo_jax.accumulate import accumulate
 from dppo_jax.metrics import CompilationCounter, reduce_metrics
 from dppo_jax.models.decoder import Model, full_forward
 from dppo_jax.objectives import dppo_binary_tv, dppo_exact_tv, seq_mean_token_mean, token_mean
@@ -16,7 +17,6 @@ from dppo_jax.optimizer import adamw
 from dppo_jax.records import Batch, LossSum, Mean, Rollout, TrainState, fold_metrics
 from dppo_jax.scoring import score
 from dppo_jax.update import (
-    accumulate,
     gradient_step,
     init_state,
     make_update,

@@ -65,10 +65,10 @@ class Layout(NamedTuple):
         return part
 
     def reduce_matrix(self, gradient: Float[Array, "V D"]) -> Float[Array, "V d"]:
-        """The sum over the devices' tokens, of which each keeps what it stores."""
-        summed = [axis for axis in self.tokens if axis not in self.stores]
-        if summed:
-            gradient = lax.psum(gradient, tuple(summed))
+        """The sum over the devices' tokens, of which each keeps what it stores.
+
+        Over the axes that store parts of it first: the others then sum what is left, a part.
+        """
         for axis in self.stores:
             if axis in self.tokens:
                 gradient = lax.psum_scatter(gradient, axis, scatter_dimension=1, tiled=True)
@@ -76,7 +76,10 @@ class Layout(NamedTuple):
                 mine = gradient.shape[1] // lax.axis_size(axis)
                 start = lax.axis_index(axis) * mine
                 gradient = lax.dynamic_slice_in_dim(gradient, start, mine, axis=1)
-        return gradient
+        summed = tuple(axis for axis in self.tokens if axis not in self.stores)
+        gradient = lax.psum(gradient, summed) if summed else gradient
+        # libtpu 0.0.42.1 ends (RET_CHECK) where it moves this sum out of a loop of microbatches.
+        return lax.optimization_barrier(gradient)
 
     def check(self, tokens: int, vocabulary: int, width: int) -> None:
         """Raises ValueError naming what the mesh does not divide."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dppo_jax.kernels import tiles
 from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.attention import EVERYTHING, Prefix, attention, soft_capped
 from dppo_jax.models.block import Block, norm_scale, normed, parameter
@@ -154,8 +155,8 @@ def run_layers(
     if c.remat:
         layer = jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, c.remat_policy))
     x = constrain(decoder.embed(flatten_tokens(tokens)), "tokens", "width")
-    # XLA's CPU backend copies every stacked residual of a rolled loop; a few layers unroll.
-    unroll = c.layers if c.layers <= 8 else 1
+    # XLA's CPU backend copies every stacked residual of a rolled loop: a few layers unroll there.
+    unroll = c.layers if c.layers <= 8 and tiles.target().platform == "cpu" else 1
     each = (stacked, kinds, replayed)
     x, (keys_values, native, load) = jax.lax.scan(layer, x, each, unroll=unroll)
     if native is not None:

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int
 from dppo_jax.kernels import tiles
 from dppo_jax.models.fsdp import Axes, whole
 from dppo_jax.models.moe import LowRank, expert_mlps, grouped_mlps
-from dppo_jax.sharding import axes_of, current_view, spec_of
+from dppo_jax.sharding import axes_of, current_view, mesh_here, spec_of
 
 AXIS = "expert"
 Transport = Literal["ragged", "gathered"]
@@ -54,7 +54,7 @@ def expert_mlps_on_mesh(
     Tokens lie as the rules have "tokens", experts as "experts", F as "mlp". `transport` None
     chooses by the axis' length and the platform.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here()
     if mesh.empty or mesh.size == 1:
         return expert_mlps(y, gates, chosen, gate, up, down, activation, adapters)
     view = current_view()

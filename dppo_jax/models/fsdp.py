@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
-from dppo_jax.sharding import axes_of, constrain, current_view, spec_of
+from dppo_jax.sharding import axes_of, constrain, current_view, mesh_here, spec_of
 
 Axes = tuple[str | None, ...]
 _ALONG = "sequence"
@@ -56,7 +56,7 @@ def with_whole(
 
     `axes` are the weight's logical axes. In the decode view it stays split.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here()
     tokens = axes_of("tokens", mesh, "compute")
     even = len(x) % math.prod(mesh.shape[axis] for axis in tokens) == 0
     if current_view() == "decode" or not even or not any(stored_axes(axes, mesh)):
@@ -81,7 +81,7 @@ def looked_up(
     Where the mesh splits the columns of sequences, none holds the whole table, or its gradient:
     each device looks its neighbours' tokens up in its part of the width, and they exchange those.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here()
     tokens = axes_of("tokens", mesh, "compute")
     split = () if mesh.empty else stored_axes(axes, mesh)[1]
     even = len(ids) % math.prod(mesh.shape[axis] for axis in tokens) == 0

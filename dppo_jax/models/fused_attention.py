@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from dppo_jax.kernels import tiles
 from dppo_jax.models.config import DecoderConfig
-from dppo_jax.sharding import spec_of
+from dppo_jax.sharding import mesh_here, spec_of
 
 INTERPRET = False  # tests: splash on a CPU
 LANES = 128  # rows are padded to whole tiles
@@ -224,7 +224,7 @@ def by_shard(local: Attend) -> Attend:
     """Attention of whole rows, each device its own rows and heads."""
 
     def attend(q, k, v, segments):
-        mesh = jax.sharding.get_abstract_mesh()
+        mesh = mesh_here()
         if mesh.empty or mesh.size == 1:
             return local(q, k, v, segments)
         heads, keys, rows = (

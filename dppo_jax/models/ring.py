@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.models.attention import EVERYTHING, Keys, attend, bias_of, soft_capped
-from dppo_jax.sharding import constrain, spec_of
+from dppo_jax.sharding import constrain, mesh_here, spec_of
 
 AXIS = "sequence"
 LARGEST = 2**26  # scores held at once; a device's queries are taken in as many blocks as that needs
@@ -219,7 +219,7 @@ def _columns(out: Float[Array, "p h g r s d"]) -> Float[Array, "p N Hd"]:
 
 def _on_columns(local, q, k, v, masks, window: int | Array | None) -> Array:
     """`local` on each device's columns of q, k, v and of the masks, [P, ..., columns]."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here()
     window = jnp.int32(EVERYTHING) if window is None else jnp.asarray(window, jnp.int32)
 
     def spec(*axes):

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model
 from dppo_jax.models.hf_config import parse
 from dppo_jax.objectives import dppo_binary_tv
 from dppo_jax.optimizer import adamw
-from dppo_jax.records import Batch, Rollout, TrainState
+from dppo_jax.records import Batch, Objective, Rollout, TrainState
 from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
 from dppo_jax.update import make_update
 
@@ -49,13 +50,28 @@ CONFIGS = {
         norm_topk_prob=True,
     ),
 }
-# Of one gradient step: a prompt a chip, its samples, tokens of prompt and of response.
+# Of a microbatch, which has a prompt a chip: its samples, and tokens of prompt and of response.
 SAMPLES, PROMPT, RESPONSE, STORED = 2, 512, 1536, 20
 
 
-def main(name: str, topology: str) -> dict:
-    config = dataclasses.replace(parse(CONFIGS[name]), dtype="bfloat16", remat=True)
-    mesh = MeshConfig().build(topologies.get_topology_desc(topology, platform="tpu").devices)
+def config_of(name: str) -> DecoderConfig:
+    return dataclasses.replace(parse(CONFIGS[name]), dtype="bfloat16", remat=True)
+
+
+def mesh_of(topology: str, **sizes: int) -> Mesh:
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    return MeshConfig(**sizes).build(devices)
+
+
+def compiled_step(
+    config: DecoderConfig,
+    mesh: Mesh,
+    objective: Objective,
+    microbatches: int = 1,
+    prompt: int = PROMPT,
+    response: int = RESPONSE,
+):
+    """The parameters' shapes, and the compiled update."""
     model, optimizer = Model(config), adamw(learning_rate=1e-6)
     whole, rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
 
@@ -74,8 +90,8 @@ def main(name: str, topology: str) -> dict:
         params,
         transform_non_params=lambda leaf: array(leaf.shape, leaf.dtype, whole),
     )
-    prompts = mesh.size
-    asked, answered = (prompts, PROMPT), (prompts * SAMPLES, RESPONSE)
+    prompts = mesh.size * microbatches
+    asked, answered = (prompts, prompt), (prompts * SAMPLES, response)
     rollout = Rollout(
         prompt_tokens=array(asked, jnp.int32),
         prompt_mask=array(asked, jnp.bool_),
@@ -89,10 +105,14 @@ def main(name: str, topology: str) -> dict:
     )
     state = TrainState(params, opt_state, array((), jnp.int32, whole))
     batch = Batch(rollout, array(answered, jnp.float32))
-    update = make_update(model, dppo_binary_tv(), optimizer, temperature=1.0)
-    started = time.monotonic()
+    update = make_update(model, objective, optimizer, temperature=1.0, microbatches=microbatches)
     with jax.set_mesh(mesh):
-        compiled = update.lower(state, batch).compile()
+        return params, update.lower(state, batch).compile()
+
+
+def main(name: str, topology: str) -> dict:
+    mesh, started = mesh_of(topology), time.monotonic()
+    params, compiled = compiled_step(config_of(name), mesh, dppo_binary_tv())
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return {
         "model": name,
