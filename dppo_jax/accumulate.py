@@ -119,7 +119,7 @@ def _apart_along_data(summed: Summed, rows: Any, microbatches: int) -> Summed:
         local,
         in_specs=(split, whole, whole),
         out_specs=(whole, split),
-        # With the axes of one device: kernels want none that is left to the compiler.
-        axis_names={axis for axis, size in mesh.shape.items() if axis == "data" or size == 1},
+        # Alone, all axes: kernels want none that is left to the compiler, were it of one device.
+        axis_names={"data"} if mesh.size > devices else set(mesh.axis_names),
         check_vma=False,
     )
