@@ -119,7 +119,8 @@ def _apart_along_data(summed: Summed, rows: Any, microbatches: int) -> Summed:
         local,
         in_specs=(split, whole, whole),
         out_specs=(whole, split),
-        # Alone, all axes: kernels want none that is left to the compiler, were it of one device.
+        # Only the first axis: JAX 0.12 wants such axes in the mesh's order, also with those of
+        # `shard_map` inside; where no other splits, all: kernels want none left to the compiler.
         axis_names={"data"} if mesh.size > devices else set(mesh.axis_names),
         check_vma=False,
     )

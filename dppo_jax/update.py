@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,15 +100,6 @@ def _total(total: LossSum) -> Metrics:
     return {"loss/total": Mean(total.loss_sum, total.weight_sum)}
 
 
-class _Fixed(NamedTuple):
-    """What all microbatches' losses read, and none of their gradients is of."""
-
-    objective_state: Any
-    statistics: Any
-    rollout_params: Params | None
-    base: Params | None
-
-
 def make_update(
     model: Model,
     objective: Objective,
@@ -189,12 +180,16 @@ def make_update(
             return TokenStats(**found)
 
         def loss_of(
-            trained: tuple[Params, Any], part: tuple[Batch, Any, Any], fixed: _Fixed
+            trained: tuple[Params, Any],
+            part: tuple[Batch, Any, Any],
+            carried: Any,
+            statistics: Any,
+            rollout_params: Params | None,
+            base: Params | None,
         ) -> LossSum:
             (adapted, value_params), (rows, seeds, slopes) = trained, part
-            params = policy_of(adapted, fixed.base, seeds)
-            rows = with_state(rows, fixed.objective_state)
-            rows = dataclasses.replace(rows, statistics=fixed.statistics)
+            params = policy_of(adapted, base, seeds)
+            rows = dataclasses.replace(with_state(rows, carried), statistics=statistics)
             if token_local is not None:
                 loss_sum, stats, routing = loss_and_score(
                     model, params, rows, token_local, temperature=temperature
@@ -216,7 +211,7 @@ def make_update(
                     params,
                     rows.rollout,
                     temperature=temperature,
-                    rollout_params=fixed.rollout_params,
+                    rollout_params=rollout_params,
                     also=also,
                 )
                 out = (
@@ -239,7 +234,7 @@ def make_update(
         elif scored is not None:
             whole, slopes = slopes_of(objective, scored, with_state(batch, state.objective_state))
             rows = *rows[:2], slopes
-        fixed = (_Fixed(state.objective_state, statistics, rollout_params, base),)
+        fixed = state.objective_state, statistics, rollout_params, base
         if of is None:
             (grads, value_grads), total = accumulate(
                 loss_of, trained, rows, microbatches, fixed, apart=apart

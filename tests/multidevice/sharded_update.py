@@ -54,7 +54,7 @@ def case(kind):
     if kind == "adapters":
         model = LoraModel(DENSE, LoraConfig(rank=4, targets=(".*",)))
         adapters = jax.tree.map(lambda leaf: leaf + 0.1, model.init_adapters(jax.random.key(1)))
-        trained, more = (adapters, model.adapter_axes), [((), ()), own]
+        trained, more = (adapters, model.adapter_axes), [(None, ()), own]
     update = make_update(model, objective, SGD, temperature=0.9, microbatches=2)
     return update, trained, more
 
@@ -68,7 +68,7 @@ def stepped(update, trained, more, mesh=None):
     """Parameters and metrics after a step, on the mesh or on one device."""
 
     def placed(value, axes):
-        if value == ():
+        if value is None:
             return None
         fresh = jax.tree.map(jnp.copy, value)  # which the update may take for its own
         return fresh if mesh is None else jax.device_put(fresh, shardings_of(axes, mesh))
