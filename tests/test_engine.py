@@ -16,13 +16,29 @@ from dppo_jax.models.decoder import Model, full_forward
 from dppo_jax.models.llama2c import read_llama2c
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP
 from dppo_jax.sampling.engine import Engine, EngineConfig
-from dppo_jax.sampling.engine_inputs import Shape, empty_calls, prefill_calls, view_widths
+from dppo_jax.sampling.engine_inputs import (
+    Shape,
+    SlotRows,
+    empty_calls,
+    prefill_calls,
+    reads_of,
+)
 from dppo_jax.sampling.paged_cache import restored, rounded
 from dppo_jax.sampling.pages import Pages
 from dppo_jax.sampling.requests import SamplingParams
 from dppo_jax.sampling.scheduler import Prefill, Prefilled
+from dppo_jax.sampling.segments import (
+    NOBODY,
+    SegmentShape,
+    find_own,
+    find_shared,
+    joined,
+    most_of,
+    own_pages,
+    segment_counts,
+    shared_shape,
+)
 from dppo_jax.sampling.sequences import Request, Sample
-from dppo_jax.sampling.shared_prompts import SharedShape, find_shared, shared_shape
 
 CONFIG = EngineConfig(
     slots=3,
@@ -265,10 +281,11 @@ def in_slot(slot, prompt, pages, slots=4):
     return sample
 
 
-def test_who_shares_a_prompt_by_hand():
-    """Two shards of four slots, pages of 4 tokens, at most 2 of a prompt for 2 sharers."""
+def test_who_reads_what_by_hand():
+    """Two shards of four slots, pages of 4 tokens, at most 2 of a prompt for 2 sharers; segments of
+    a slot's own hold 2 pages."""
     of = shared_shape(slots=4, samples=2, pages=2)
-    assert of == SharedShape(rows=3, sharers=2, pages=2)
+    assert of == SegmentShape(number=3, pages=2, slots=2)
     running = [
         in_slot(0, 9, [5, 6, 7]),
         in_slot(2, 9, [5, 6, 8]),
@@ -278,11 +295,30 @@ def test_who_shares_a_prompt_by_hand():
         in_slot(6, 6, [1, 2]),
         in_slot(7, 6, [1, 3]),
     ]
-    found = find_shared(running, 2, 4, of, 4)
-    np.testing.assert_array_equal(found.pages, [[5, 6], [0, 0], [0, 0], [1, 0], [0, 0], [0, 0]])
-    np.testing.assert_array_equal(found.slots[[0, 3]], [[0, 2], [2, 3]])
-    np.testing.assert_array_equal(found.place, [0, 0, 1, 0, 0, 0, 0, 1])
-    np.testing.assert_array_equal(found.length, [8, 0, 8, 0, 0, 0, 4, 4])
+    shared, before = find_shared(running, 2, 4, of, 4)
+    assert before == {0: 8, 2: 8, 6: 4, 7: 4}
+    pages, slots, first, tokens = joined(shared, of)
+    np.testing.assert_array_equal(pages, [[5, 6], [0, 0], [0, 0], [1, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(slots[[0, 3]], [[0, 2], [2, 3]])
+    assert (slots[[1, 2, 4, 5]] == NOBODY).all() and not first.any()
+    np.testing.assert_array_equal(tokens, [8, 0, 0, 4, 0, 0])
+    own = find_own(running, before, 2, 4, 2, 4)
+    assert most_of(own) == 5
+    pages, slots, first, tokens = joined(own, SegmentShape(number=6, pages=2, slots=1))
+    # The third sample of [5, 6] in the first shard reads them for itself, and so does slot 4.
+    np.testing.assert_array_equal(
+        pages.reshape(2, 6, 2),
+        [
+            [[7, 0], [8, 0], [5, 6], [9, 0], [4, 0], [0, 0]],
+            [[5, 6], [7, 0], [2, 0], [3, 0], [0, 0], [0, 0]],
+        ],
+    )
+    np.testing.assert_array_equal(
+        slots.reshape(2, 6),
+        [[0, 2, 3, 3, 1, NOBODY], [0, 0, 2, 3, NOBODY, NOBODY]],
+    )
+    np.testing.assert_array_equal(first.reshape(2, 6), [[8, 8, 0, 8, 0, 0], [0, 8, 4, 4, 0, 0]])
+    np.testing.assert_array_equal(tokens.reshape(2, 6), [[1, 1, 8, 1, 3, 0], [8, 1, 2, 2, 0, 0]])
     assert shared_shape(4, 1, 2) is shared_shape(4, 2, 0) is None
 
 
@@ -451,8 +487,25 @@ def test_a_real_model_tells_its_story(shared_data):
     np.testing.assert_allclose(story.logp, golden["greedy_logprobs_float64"], atol=3e-5)
 
 
-def test_widths_of_a_view():
-    """A slot reads at most half as many pages again as the longest has, or the next after two."""
-    assert view_widths(1) == [1] and view_widths(5) == [1, 2, 3, 4, 5]
-    assert view_widths(17) == [1, 2, 3, 4, 6, 8, 12, 16, 17]
-    assert view_widths(24)[-2:] == [16, 24]
+def test_what_is_read_follows_the_tokens_in_use(tiny):
+    """One long slot of eight: 16 segments and seven, the next larger number is 24; of two pages."""
+    config = EngineConfig(slots=8, max_context=512, page_size=16)
+    shape = Shape(shards=1, pages=256, pages_a_sequence=32)
+    running = [
+        in_slot(0, 500, [*range(32)], 8),
+        *(in_slot(i, 20, [40, 41], 8) for i in range(1, 8)),
+    ]
+    reads = reads_of(config, tiny[0].config, shape, ragged=False)
+    [own] = SlotRows(8, 1, 1).slots(running, config, shape, reads).segments
+    assert own.pages.shape == (24, 2) and own.tokens.sum() == 500 + 7 * 20
+    assert reads.own[-1].number == 8 * 16  # where all are as long
+
+
+def test_numbers_of_segments():
+    """At most half as many again as there are, and no more than there can be."""
+    assert segment_counts(4, 1) == [4] and segment_counts(4, 2) == [4, 6, 8]
+    assert segment_counts(1, 5) == [1, 2, 3, 4, 5]
+    assert segment_counts(8, 9) == [8, 12, 16, 24, 32, 48, 64, 72]
+    # float32 and a query head a key head: 32 tokens; bfloat16 and 8: 256.
+    assert [own_pages(size, 100, 1, 4) for size in (16, 32, 100)] == [2, 1, 1]
+    assert own_pages(16, 100, 8, 2) == 16 and own_pages(16, 3, 8, 2) == 3

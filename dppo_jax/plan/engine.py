@@ -105,9 +105,9 @@ class _Engine:
     def decode(self) -> Program:
         """A chunk of tokens in every slot, which look at as many pages as a sequence may have."""
         c, s = self._config, self._step.settings
-        reads = reads_of(c, self._shape, self._programs.ragged)
-        widest = reads._replace(widths=reads.widths[-1:])
-        slots = SlotRows(c.slots, c.stop_ids, c.logit_biases).slots([], c, self._shape, widest)
+        reads = reads_of(c, self._model.config, self._shape, self._programs.ragged)
+        most = reads.each()[-1]
+        slots = SlotRows(c.slots, c.stop_ids, c.logit_biases).slots([], c, self._shape, most)
         given = self._step.sampled_with, self._pages, self._hidden
         return Program(
             "decode",

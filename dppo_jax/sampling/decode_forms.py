@@ -6,7 +6,6 @@ devices that hold the slot, and heads are split over tensor.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,11 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.sampling.paged_attention import (
-    Prompts,
-    attend_view,
-    bias_of,
-    prompt_bias,
-    tokens_from,
+    attended,
+    attended_segments,
+    combined,
+    room_bias,
+    tokens_of_view,
     with_column,
 )
 from dppo_jax.sampling.paged_cache import (
@@ -30,10 +29,11 @@ from dppo_jax.sampling.paged_cache import (
     RaggedPages,
     SplitPages,
     View,
+    empty_view,
     rounded,
     view_of,
 )
-from dppo_jax.sampling.shared_prompts import Shared
+from dppo_jax.sampling.segments import Segments
 from dppo_jax.sharding import spec_of
 
 # Logical axes that split arrays [slots, tokens, heads, ...], [slots, heads, ...], and of slots.
@@ -63,12 +63,13 @@ def by_shard(function: Callable, *given: tuple, gives: tuple) -> Callable:
 
 
 class Where(NamedTuple):
-    """Where a slot's tokens lie: its pages, the chunk's pages, and how many tokens there are."""
+    """Where a slot's tokens lie: how many there are, the chunk's pages, and all of them, as
+    `Ragged` reads them or as `Viewed` does."""
 
-    table: Int[Array, "B E"]
-    new_pages: Int[Array, "B F"]
     length: Int[Array, " B"]
-    shared: Shared | None = None  # prompts whose pages are not in `table`
+    new_pages: Int[Array, "B F"]
+    table: Int[Array, "B E"]
+    segments: tuple[Segments, ...]
 
     def places(self, columns: Array, page_size: int) -> tuple[Array, Array]:
         """Page and place of token `length` + column, for columns [C] or a single one."""
@@ -99,10 +100,8 @@ class DecodeForm(Protocol):
 
 
 class Viewed:
-    """A dense copy of the pages in use is made once a chunk, with room for what the loop draws.
-
-    That goes to its pages at the end. Of a prompt that slots share there is one copy for all. For
-    backends whose gathers cost more than the memory of the copy.
+    """A dense copy of the segments is made once a chunk, and room for what the loop draws, which
+    goes to its pages at the end. For backends whose gathers cost more than the memory of the copy.
     """
 
     def __init__(self, config: DecoderConfig, dtype: jnp.dtype, chunk: int):
@@ -111,41 +110,43 @@ class Viewed:
     def start(self, pages: Sequence[Any], where: Where) -> list[View]:
         self.where = where
 
-        def look(layer: SplitPages, table) -> View:
-            return view_of(layer, table, self.chunk)
+        def copied(layer: SplitPages, segments: Sequence[Segments]) -> list[View]:
+            return [view_of(layer, one.pages) for one in segments]
 
-        look = by_shard(look, SPLIT, SLOTS, gives=HEADS)
-        self.prompts: list[View | None] = [None] * len(pages)
-        if where.shared is not None:
-            whole = by_shard(partial(view_of, room=0), SPLIT, SLOTS, gives=HEADS)
-            self.prompts = [whole(layer, where.shared.pages) for layer in pages]
-        return [look(layer, where.table) for layer in pages]
+        def room(layer: SplitPages, length) -> View:
+            return empty_view(layer, len(length), self.chunk)
+
+        copied = by_shard(copied, SPLIT, SLOTS, gives=HEADS)
+        room = by_shard(room, SPLIT, SLOTS, gives=HEADS)
+        self.views = [copied(layer, where.segments) for layer in pages]
+        return [room(layer, where.length) for layer in pages]
 
     def step(self, layer, state, q, k, v, step, active):
-        window = self.config.windows[layer]
+        c, window = self.config, self.config.windows[layer]
 
-        def attend(q, new, view: View, prompts: View | None, where: Where, step):
-            columns, shared = view.v.shape[2], where.shared
-            view = with_column(view, new, columns - self.chunk + step)
-            before, of_prompts = jnp.zeros((1, 1), jnp.int32), None
-            if prompts is not None and shared is not None:
-                before = shared.length[:, None]
-                seen = prompt_bias(prompts.v.shape[2], where.length, before, step, window)
-                of_prompts = Prompts(prompts, shared, seen)
-            bias = bias_of(columns, where.length, before, self.chunk, step, window)
-            return attend_view(self.config, q, view, bias, of_prompts), view
+        def attend(q, new, room: View, views: Sequence[View], where: Where, step):
+            batch, heads, size = q.shape
+            groups = room.k.shape[1]
+            room = with_column(room, new, step)
+            q = (q * c.attention_scale).reshape(batch, groups, heads // groups, size)
+            cap, now = c.attention_soft_cap, where.length + step
+            own = attended(q, room, room_bias(self.chunk, step, window)[None, None], cap)
+            others = [
+                (attended_segments(q, view, one, now, cap, window), one.slots.reshape(-1))
+                for view, one in zip(views, where.segments, strict=True)
+            ]
+            return combined(own, others).astype(q.dtype).reshape(batch, -1), room
 
         given = (HEADS, HEADS, HEADS, HEADS, SLOTS, WHOLE)
         attend = by_shard(attend, *given, gives=(HEADS, HEADS))
-        new = rounded(k, v, self.dtype)
-        return attend(q, new, state, self.prompts[layer], self.where, step)
+        return attend(q, rounded(k, v, self.dtype), state, self.views[layer], self.where, step)
 
     def finish(self, pages, states, counts):
-        def write(layer: SplitPages, view: View, where: Where, counts):
+        def write(layer: SplitPages, room: View, where: Where, counts):
             columns = jnp.arange(self.chunk)
             to, at = where.places(columns, layer.page_size)
             to = jnp.where(columns < counts[:, None], to, len(layer.k))
-            return layer.with_tokens(tokens_from(view, view.v.shape[2] - self.chunk), to, at)
+            return layer.with_tokens(tokens_of_view(room), to, at)
 
         write = by_shard(write, SPLIT, HEADS, SLOTS, SLOTS, gives=SPLIT)
         return [write(*both, self.where, counts) for both in zip(pages, states, strict=True)]

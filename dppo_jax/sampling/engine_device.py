@@ -80,7 +80,7 @@ class EngineDevice:
             born = partial(empty_arrays, model.config, c, self.shape, self._programs.ragged)
             self._pages, self._hidden = jax.jit(born)()
         self._rows = SlotRows(c.slots, c.stop_ids, c.logit_biases)
-        self._reads = reads_of(c, self.shape, self._programs.ragged)
+        self._reads = reads_of(c, model.config, self.shape, self._programs.ragged)
         self._layers: Layers | None = None
 
     def use(self, params: Params) -> None:
@@ -99,8 +99,7 @@ class EngineDevice:
         self._copy(np.zeros_like(nowhere), nowhere)
         for call in empty_calls(self.config, self.shape):
             self._place(self._prefill(params, call)[0], np.full_like(nowhere, -1))
-        for width in self._reads.widths:
-            reads = self._reads._replace(widths=[width])
+        for reads in self._reads.each():
             self._decode(params, self._rows.slots([], self.config, self.shape, reads))
 
     def do(self, params: Params, round_: Round) -> None:

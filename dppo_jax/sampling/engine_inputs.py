@@ -9,12 +9,22 @@ import numpy as np
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.sampling.engine_config import EngineConfig
 from dppo_jax.sampling.engine_programs import Slots
-from dppo_jax.sampling.paged_cache import page_bytes, table_of
+from dppo_jax.sampling.paged_cache import page_bytes, storage_dtype, table_of
 from dppo_jax.sampling.requests import SamplingParams
 from dppo_jax.sampling.rows import row_of, stacked
 from dppo_jax.sampling.scheduler import Prefill
+from dppo_jax.sampling.segments import (
+    Segments,
+    SegmentShape,
+    find_own,
+    find_shared,
+    joined,
+    most_of,
+    own_pages,
+    segment_counts,
+    shared_shape,
+)
 from dppo_jax.sampling.sequences import Sample
-from dppo_jax.sampling.shared_prompts import SharedShape, find_shared, shared_shape
 
 
 class Shape(NamedTuple):
@@ -43,19 +53,28 @@ def shape_of(c: EngineConfig, model: DecoderConfig, shards: int) -> Shape:
 
 
 class Reads(NamedTuple):
-    """What a chunk may read, as the decoding loop is compiled for it."""
+    """What of the pages a chunk reads, as the decoding loop is compiled for it."""
 
-    widths: list[int]  # pages of a slot, ascending
-    shared: SharedShape | None = None  # prompts of several slots, whose pages count to no slot's
+    table: int = 0  # pages of a slot, or
+    own: tuple[SegmentShape, ...] = ()  # segments of single slots, as few as there are
+    shared: SegmentShape | None = None  # and of several
+
+    def each(self) -> list["Reads"]:
+        """One for each program that is compiled, the largest last."""
+        return [self._replace(own=(own,)) for own in self.own] or [self]
 
 
-def reads_of(c: EngineConfig, shape: Shape, ragged: bool) -> Reads:
+def reads_of(c: EngineConfig, model: DecoderConfig, shape: Shape, ragged: bool) -> Reads:
     """The ragged kernel reads no more than there is, and each slot's prompt."""
+    most, slots = shape.pages_a_sequence, c.slots // shape.shards
     if ragged:
-        return Reads([shape.pages_a_sequence])
-    pages = min(c.shared_tokens // c.page_size, shape.pages_a_sequence)
-    shared = shared_shape(c.slots // shape.shards, c.samples, pages)
-    return Reads([0] * bool(shared) + view_widths(shape.pages_a_sequence), shared)
+        return Reads(table=most)
+    shared = shared_shape(slots, c.samples, min(c.shared_tokens // c.page_size, most))
+    itemsize = storage_dtype(model, c.cache_dtype).itemsize
+    pages = own_pages(c.page_size, most, model.heads // model.kv_heads, itemsize)
+    numbers = [0] * bool(shared) + segment_counts(slots, -(-most // pages))
+    own = tuple(SegmentShape(number, pages, 1) for number in numbers)
+    return Reads(own=own, shared=shared)
 
 
 class SlotRows:
@@ -78,19 +97,14 @@ class SlotRows:
     def slots(
         self, running: Sequence[Sample], c: EngineConfig, shape: Shape, reads: Reads
     ) -> Slots:
-        """The batch of a chunk. Unused places hold page 0 to read and none to write.
-
-        With a single width the table lists the chunk's pages too.
-        """
+        """The batch of a chunk. Unused places hold page 0 to read and none to write."""
         size, slots = c.page_size, len(self._stop_ids)
         numbers: dict[str, Any] = {
             name: np.zeros(slots, np.int32) for name in ("length", "drawn", "remaining")
         }
-        read: list[list[int]] = [[] for _ in range(slots)]
         written: list[list[int]] = [[] for _ in range(slots)]
-        history = shared = None
-        if reads.shared is not None:
-            shared = find_shared(running, shape.shards, slots // shape.shards, reads.shared, size)
+        read: list[list[int]] = [[] for _ in range(slots)]
+        history = None
         if any(s.request.sampling.repetition_penalty != 1 for s in running):
             history = np.full((slots, c.max_context), -1, np.int32)
         for sample in running:
@@ -98,28 +112,36 @@ class SlotRows:
             numbers["length"][at] = sample.length
             numbers["drawn"][at] = sample.count
             numbers["remaining"][at] = sample.remaining
-            before = 0 if shared is None else int(shared.length[at]) // size
-            end = -(-sample.length // size) if len(reads.widths) > 1 else None
-            read[at] = sample.pages[before:end]
+            read[at] = sample.pages if reads.table else []
             written[at] = sample.pages[sample.length // size :]
             if history is not None:
                 history[at, : sample.length] = sample.context
-        width = next(width for width in reads.widths if width >= max(map(len, read)))
         numbers |= dict(
-            table=table_of(read, width, 0),
+            table=table_of(read, reads.table, 0),
+            segments=_segments(running, reads, shape.shards, slots // shape.shards, size),
             new_pages=table_of(written, -(-c.chunk // size) + 1, shape.pages),
             stop_ids=self._stop_ids.copy(),
             rows=jax.tree.map(np.copy, self._rows),
             history=history,
-            shared=shared,
         )
         return Slots(**numbers)
 
 
-def view_widths(most: int) -> list[int]:
-    """Pages a slot that the decoding loop is compiled for: 1, 2, 3, 4, 6, 8, 12, ... `most`."""
-    steps = sorted({1} | {step << i for step in (2, 3) for i in range(most.bit_length())})
-    return [*(step for step in steps if step < most), most]
+def _segments(
+    running: Sequence[Sample], reads: Reads, shards: int, slots: int, page_size: int
+) -> tuple[Segments, ...]:
+    """All tokens of all slots, in the smallest shape that holds them."""
+    if not reads.own:
+        return ()
+    found: list[Segments] = []
+    before: dict[int, int] = {}
+    if reads.shared is not None:
+        shared, before = find_shared(running, shards, slots, reads.shared, page_size)
+        found.append(joined(shared, reads.shared))
+    own = find_own(running, before, shards, slots, reads.own[0].pages, page_size)
+    most = most_of(own)
+    smallest = next(of for of in reads.own if of.number >= most)
+    return (*found, *([joined(own, smallest)] if smallest.number else []))
 
 
 class Call(NamedTuple):

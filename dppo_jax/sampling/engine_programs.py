@@ -30,7 +30,7 @@ from dppo_jax.sampling.paged_cache import (
     tokens_of,
     write_pages,
 )
-from dppo_jax.sampling.shared_prompts import Shared
+from dppo_jax.sampling.segments import Segments
 from dppo_jax.sharding import constrain, sampler_layout, viewed
 
 
@@ -51,7 +51,8 @@ class Programs:
 class Slots(NamedTuple):
     """The decode slots at a chunk's beginning, written by the host."""
 
-    table: Int[Array, "B E"]  # pages of the tokens so far
+    table: Int[Array, "B E"]  # all pages, for the kernel that reads them where they are; else E = 0
+    segments: tuple[Segments, ...]  # and the pages of the tokens so far are these
     new_pages: Int[Array, "B F"]  # the chunk's, from the one that token `length` goes to
     length: Int[Array, " B"]  # tokens so far, prompt included
     drawn: Int[Array, " B"]  # of them, tokens of the response
@@ -59,7 +60,6 @@ class Slots(NamedTuple):
     stop_ids: Int[Array, "B S"]  # -1 where there is room
     rows: RowSampling
     history: Int[Array, "B max_context"] | None  # tokens so far, -1 after them
-    shared: Shared | None = None  # prompts whose pages are not in `table`
 
 
 class Chunk(NamedTuple):
@@ -220,7 +220,7 @@ def decode_chunk(
     tables = rope_tables(c, programs.max_context)
     dtype = storage_dtype(c, programs.cache_dtype)
     form = Ragged(c, dtype) if programs.ragged else Viewed(c, dtype, programs.chunk)
-    where = Where(slots.table, slots.new_pages, slots.length, slots.shared)
+    where = Where(slots.length, slots.new_pages, slots.table, slots.segments)
     states = form.start(pages, where)
     everyone = jnp.arange(batch)
     ahead = row_numbers(slots.rows, slots.drawn, programs.chunk)

@@ -3,6 +3,8 @@
 Axes: B slots, h key heads, r queries a key head, t keys, d head size.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,9 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dppo_jax.models.attention import NEGATIVE, soft_capped
-from dppo_jax.models.config import DecoderConfig
 from dppo_jax.sampling.paged_cache import Stored, View
-from dppo_jax.sampling.shared_prompts import Shared
+from dppo_jax.sampling.segments import Segments
 
 
 def with_column(view: View, new: Stored, column: Int[Array, ""]) -> View:
@@ -24,38 +25,34 @@ def with_column(view: View, new: Stored, column: Int[Array, ""]) -> View:
     return jax.tree.map(put, view, View(*new))
 
 
-def tokens_from(view: View, first: int) -> Stored:
-    """The tokens of the columns from `first` on: leaves [B, C, Hkv, ...]."""
-    return Stored(*jax.tree.map(lambda leaf: leaf[:, :, first:].swapaxes(1, 2), view))
+def tokens_of_view(view: View) -> Stored:
+    """Its tokens: leaves [B, C, Hkv, ...]."""
+    return Stored(*jax.tree.map(lambda leaf: leaf.swapaxes(1, 2), view))
 
 
-def bias_of(
-    columns: int,
-    length: Int[Array, " B"],
-    before: Int[Array, "#B 1"],
-    room: int,
-    step: Int[Array, ""],
-    window: int | None,
-) -> Float[Array, "B S"]:
-    """0 where a column is to be seen, else NEGATIVE: of a view of the tokens from `before` on,
-    whose last `room` columns are for those after `length`, up to `step` written."""
-    column, first = jnp.arange(columns), columns - room
-    length = length[:, None]
-    place = jnp.where(column >= first, length + column - first, before + column)
-    seen = jnp.where(column >= first, column <= first + step, place < length)
-    return _bias(seen, place, length + step, window)
+class Part(NamedTuple):
+    """A softmax over some of a query's keys, for `combined`: the sum of values, weighted by the
+    exponentials of scores less the largest, the sum of these weights, and the largest score."""
+
+    out: Float[Array, "N h r d"]
+    total: Float[Array, "N h r 1"]
+    top: Float[Array, "N h r 1"]
 
 
-def prompt_bias(
-    columns: int,
-    length: Int[Array, " B"],
-    before: Int[Array, "B 1"],
-    step: Int[Array, ""],
-    window: int | None,
-) -> Float[Array, "B S"]:
-    """The same of the view of its prompt: the tokens before `before`."""
-    place = jnp.arange(columns)
-    return _bias(place < before, place, length[:, None] + step, window)
+def room_bias(room: int, step: Int[Array, ""], window: int | None) -> Float[Array, " T"]:
+    """0 where a column of the chunk is to be seen in step `step`, else NEGATIVE."""
+    column = jnp.arange(room)
+    return _bias(column <= step, column, step, window)
+
+
+def segment_bias(
+    segments: Segments, columns: int, now: Int[Array, " B"], window: int | None
+) -> Float[Array, "..."]:
+    """The same of the tokens of segments, for their slots, whose tokens are at positions `now`."""
+    column = jnp.arange(columns)
+    seen = (column < segments.tokens[:, None])[:, None]
+    place = (segments.first[:, None] + column)[:, None]
+    return _bias(seen, place, now[segments.slots][:, :, None], window)
 
 
 def _bias(seen, place, now, window: int | None):
@@ -64,63 +61,57 @@ def _bias(seen, place, now, window: int | None):
     return jnp.where(seen, 0.0, NEGATIVE)
 
 
-class Prompts(NamedTuple):
-    """What slots share, read once for all of them."""
-
-    view: View  # [R, Hkv, S, d]
-    shared: Shared
-    bias: Float[Array, "B S"]
-
-    def asked(self, x: Array) -> Array:
-        """[B, h, r, n] of slots to [R, h, G r, n] of the rows that they share."""
-        rows, sharers = self.shared.slots.shape
-        x = x[self.shared.slots]  # [R, G, h, r, n]
-        return x.swapaxes(1, 2).reshape(rows, x.shape[2], sharers * x.shape[3], x.shape[4])
-
-    def answered(self, x: Array) -> Array:
-        """The contrary of `asked`; of a slot that shares nothing some other's."""
-        rows, sharers = self.shared.slots.shape
-        x = x.reshape(rows, x.shape[1], sharers, -1, x.shape[3]).swapaxes(1, 2)
-        return x.reshape(rows * sharers, *x.shape[2:])[self.shared.place]
-
-
-def _scores(q: Array, view: View, soft_cap: float | None) -> Array:
-    k = view.k.astype(q.dtype)
-    z = jnp.einsum("bhrd,bhtd->bhrt", q, k, preferred_element_type=jnp.float32)
+def attended(
+    q: Float[Array, "B h r d"], view: View, bias: Float[Array, "#B #r t"], soft_cap: float | None
+) -> Part:
+    """Of the queries to the keys of their row. Scores and their softmax in float32; int8 keys and
+    values are scaled after their products."""
+    z = jnp.einsum("bhrd,bhtd->bhrt", q, view.k.astype(q.dtype), preferred_element_type=jnp.float32)
     z = z if view.k_scale is None else z * view.k_scale[:, :, None]
-    return soft_capped(z, soft_cap)
-
-
-def _summed(weights: Array, view: View, dtype: jnp.dtype) -> Array:
-    weights = weights if view.v_scale is None else weights * view.v_scale[:, :, None]
-    weights, v = weights.astype(dtype), view.v.astype(dtype)
-    return jnp.einsum("bhrt,bhtd->bhrd", weights, v, preferred_element_type=jnp.float32)
-
-
-def attend_view(
-    config: DecoderConfig,
-    q: Float[Array, "B H d"],
-    view: View,
-    bias: Float[Array, "B S"],
-    prompts: Prompts | None,
-) -> Float[Array, "B Hd"]:
-    """softmax(q·k·scale + bias)·v over the view, and over what slots share where there is such.
-
-    Scores and their softmax in float32; int8 keys and values are scaled after their products.
-    """
-    batch, heads, size = q.shape
-    groups = view.k.shape[1]
-    q = (q * config.attention_scale).reshape(batch, groups, heads // groups, size)
-    z = _scores(q, view, config.attention_soft_cap) + bias[:, None, None]
-    if prompts is not None:
-        asked = _scores(prompts.asked(q), prompts.view, config.attention_soft_cap)
-        z = jnp.concatenate([prompts.answered(asked) + prompts.bias[:, None, None], z], axis=-1)
-    weights = jnp.exp(z - jnp.max(z, axis=-1, keepdims=True))
+    z = soft_capped(z, soft_cap) + bias[:, None]
+    top = jnp.max(z, axis=-1, keepdims=True)
+    weights = jnp.exp(z - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = _summed(weights[..., -view.v.shape[2] :], view, q.dtype)
-    if prompts is not None:
-        columns = prompts.view.v.shape[2]
-        of_rows = _summed(prompts.asked(weights[..., :columns]), prompts.view, q.dtype)
-        shares = prompts.shared.length[:, None, None, None] > 0
-        out += jnp.where(shares, prompts.answered(of_rows), 0.0)
-    return (out / total).astype(q.dtype).reshape(batch, -1)
+    weights = weights if view.v_scale is None else weights * view.v_scale[:, :, None]
+    weights, v = weights.astype(q.dtype), view.v.astype(q.dtype)
+    out = jnp.einsum("bhrt,bhtd->bhrd", weights, v, preferred_element_type=jnp.float32)
+    return Part(out, total, top)
+
+
+def attended_segments(
+    q: Float[Array, "B h r d"],
+    view: View,
+    segments: Segments,
+    now: Int[Array, " B"],
+    soft_cap: float | None,
+    window: int | None,
+) -> Part:
+    """Of each segment's slots to its keys: parts [S G, h, r, ...]."""
+    count, sharers = segments.slots.shape
+    _, heads, queries, size = q.shape
+    asked = q[segments.slots].swapaxes(1, 2).reshape(count, heads, sharers * queries, size)
+    bias = segment_bias(segments, view.v.shape[2], now, window)[:, :, None]
+    bias = jnp.broadcast_to(bias, (count, sharers, queries, bias.shape[-1]))
+    part = attended(asked, view, bias.reshape(count, sharers * queries, -1), soft_cap)
+
+    def answered(x):
+        x = x.reshape(count, heads, sharers, queries, -1).swapaxes(1, 2)
+        return x.reshape(count * sharers, heads, queries, -1)
+
+    return Part(*map(answered, part))
+
+
+def combined(own: Part, others: Sequence[tuple[Part, Array]]) -> Float[Array, "B h r d"]:
+    """The softmax of each slot over all of its keys: its own part, and others with their slots."""
+    everyone, top = jnp.arange(len(own.top))[:, None], own.top
+    for part, slots in others:
+        its = (slots == everyone)[:, :, None, None, None]
+        top = jnp.maximum(top, jnp.max(jnp.where(its, part.top, NEGATIVE), axis=1))
+    scale = jnp.exp(own.top - top)
+    out, total = own.out * scale, own.total * scale
+    for part, slots in others:
+        # Nobody's is of any slot, and counts for none.
+        scale = jnp.exp(jnp.minimum(part.top - top[slots], 0.0))
+        add = partial(jnp.einsum, "bn,nhrd->bhrd", (slots == everyone) * 1.0, precision="highest")
+        out, total = out + add(part.out * scale), total + add(part.total * scale)
+    return out / total

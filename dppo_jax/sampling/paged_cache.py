@@ -184,19 +184,23 @@ def tokens_of(pages: LayerPages, table: Int[Array, "N E"]) -> Stored:
     return jax.tree.map(lambda leaf: leaf.reshape(len(table), -1, *leaf.shape[3:]), listed.tokens)
 
 
-def view_of(pages: SplitPages, table: Int[Array, "B E"], room: int) -> View:
-    """The pages that `table` lists, slot after slot, as dense arrays, and places for `room` tokens
-    more; what is in these is nobody's."""
-    batch, listed = table.shape
-    page_size = pages.page_size
-    table = jnp.pad(table, ((0, 0), (0, -(-room // page_size))))
+def view_of(pages: SplitPages, table: Int[Array, "B E"]) -> View:
+    """The pages that each row of `table` lists as dense arrays."""
 
     def joined(leaf):
         found = leaf[table].swapaxes(1, 2)  # [B, Hkv, pages, page_size, ...]
-        whole = found.reshape(batch, found.shape[1], -1, *found.shape[4:])
-        return whole[:, :, : listed * page_size + room]
+        return found.reshape(*found.shape[:2], -1, *found.shape[4:])
 
     return View(*jax.tree.map(joined, pages))
+
+
+def empty_view(pages: SplitPages, slots: int, room: int) -> View:
+    """Room for `room` tokens of each slot, stored as these pages store them."""
+
+    def nothing(leaf):
+        return jnp.zeros((slots, leaf.shape[1], room, *leaf.shape[3:]), leaf.dtype)
+
+    return View(*jax.tree.map(nothing, pages))
 
 
 def table_of(rows: list[list[int]], width: int, filler: int) -> np.ndarray:

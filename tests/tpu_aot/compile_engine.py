@@ -76,7 +76,7 @@ def main(topology: str, layers: int, names: list[str]) -> dict:
     pages = [RaggedPages(array(kv, jnp.bfloat16, *RAGGED))] * layers
     hidden = array((c.slots, config.width), jnp.bfloat16, "tokens", "width")
     slots = SlotRows(c.slots, c.stop_ids, c.logit_biases).slots(
-        [], c, shape, reads_of(c, shape, ragged=True)
+        [], c, shape, reads_of(c, config, shape, ragged=True)
     )
     programs = Programs(c.chunk, CONTEXT, c.top_k_capture, False, "model", ragged=True)
     calls = list(empty_calls(c, shape))
