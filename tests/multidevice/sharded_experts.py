@@ -57,8 +57,11 @@ def layer() -> list[dict]:
             a=(experts, width, 2), b=(experts, 2, inner),
         ).items()
     }  # fmt: skip
-    even = np.stack([rng.permutation(experts)[:each] for _ in range(tokens)])
-    alike = np.broadcast_to([6, 0, 1], (tokens, each))
+    choices = {
+        "even": np.stack([rng.permutation(experts)[:each] for _ in range(tokens)]),
+        "alike": np.broadcast_to([6, 0, 1], (tokens, each)),
+    }
+    choices = {name: jnp.asarray(chosen, jnp.int32) for name, chosen in choices.items()}
     found = []
 
     def loss(x, chosen, form):
@@ -67,23 +70,22 @@ def layer() -> list[dict]:
         out = form(x["y"], x["gates"], chosen, *weights, jax.nn.silu, adapters)
         return jnp.sum(jnp.sin(out)), out
 
-    for name, chosen in (("even", even), ("alike", alike)):
-        chosen = jnp.asarray(chosen, jnp.int32)
-        of = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
-        alone = jax.device_get(of(x, chosen, expert_mlps))
-        for sizes, transport in (
-            (dict(expert=8), "ragged"),
-            (dict(expert=8), "gathered"),
-            (dict(fsdp=2, expert=2, tensor=2), "ragged"),
-        ):
-            with jax.set_mesh(MeshConfig(**{"fsdp": 1} | sizes).build()):
-                form = partial(expert_mlps_on_mesh, transport=transport)
+    of = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
+    alone = {name: jax.device_get(of(x, chosen, expert_mlps)) for name, chosen in choices.items()}
+    for sizes, transport in (
+        (dict(expert=8), "ragged"),
+        (dict(expert=8), "gathered"),
+        (dict(fsdp=2, expert=2, tensor=2), "ragged"),
+    ):
+        form = partial(expert_mlps_on_mesh, transport=transport)
+        with jax.set_mesh(MeshConfig(**{"fsdp": 1} | sizes).build()):
+            for name, chosen in choices.items():
                 split = jax.device_get(of(x, chosen, form))
-            pairs = zip(*map(jax.tree.leaves, (split, alone)), strict=True)
-            worst = max(float(np.max(np.abs(a - b))) for a, b in pairs)
-            found.append(
-                {"choice": name, "mesh": sizes, "transport": transport, "difference": worst}
-            )
+                pairs = zip(*map(jax.tree.leaves, (split, alone[name])), strict=True)
+                worst = max(float(np.max(np.abs(a - b))) for a, b in pairs)
+                found.append(
+                    {"choice": name, "mesh": sizes, "transport": transport, "difference": worst}
+                )
     return found
 
 
@@ -97,31 +99,36 @@ def replay(model, params, rollout) -> dict:
     noise = jax.random.normal(jax.random.key(5), router.shape)
     moved = params | {"blocks": params["blocks"] | {"router": router + 0.3 * noise}}
 
-    def loss(params, rollout):
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def of(params, rollout):
         stats, routing = score_and_routing(model, params, rollout, temperature=1.0)
         return jnp.sum(jnp.sin(stats.logp)), routing["routing/differing_fraction"]
 
+    own_choices = jax.jit(partial(with_own_routing, model))
+
     def both(params, rollout, before):
         """The sampler's choices replayed, and those that the scorer makes by itself at `before`."""
-        own = with_own_routing(model, before, rollout)
-        of = jax.value_and_grad(loss, has_aux=True)
-        return of(params, rollout), of(params, own), (own.prompt_experts, own.experts)
+        own = own_choices(before, rollout)
+        chosen = jax.device_get((own.prompt_experts, own.experts))
+        own = jax.device_put(own, jax.tree.map(lambda leaf: leaf.sharding, rollout))
+        return jax.device_get((of(params, rollout), of(params, own))), chosen
 
-    alone = jax.device_get(jax.jit(both)(moved, rollout, params))
+    alone, alone_chosen = both(moved, rollout, params)
     mesh = MeshConfig(fsdp=4, expert=2).build()
     with jax.set_mesh(mesh):
         shardings = shardings_of(model.logical_axes, mesh)
         split = [jax.device_put(leaf, shardings) for leaf in (moved, params)]
         rows = jax.device_put(rollout, batch_sharding(mesh))
-        together = jax.device_get(jax.jit(both)(split[0], rows, split[1]))
-    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone[:2], together[:2])
+        together, chosen = both(split[0], rows, split[1])
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone, together)
     changed = alone[0][0][1]
     return {
         "difference": max(jax.tree.leaves(apart)),
-        "largest": max(float(np.abs(x).max()) for x in jax.tree.leaves(alone[:2])),
+        "largest": max(float(np.abs(x).max()) for x in jax.tree.leaves(alone)),
         "differing": float(changed.sum / changed.count),
         "same_own_choices": all(
-            bool((a == b).all()) for a, b in zip(alone[2], together[2], strict=True)
+            bool((a == b).all()) for a, b in zip(alone_chosen, chosen, strict=True)
         ),
         "router_learns": float(np.abs(together[0][1]["blocks"]["router"]).max()),
     }

@@ -24,6 +24,5 @@ def test_steps_are_those_of_one_device(seen):
 
 
 def test_gradients_are_summed_over_data_once_a_step(seen):
-    """And not in each microbatch: twice as many of them send no more."""
-    two, four = seen["sent"]
-    assert four < 1.01 * two, seen["sent"]
+    """And not in each of the four microbatches."""
+    assert 1 <= seen["sent"] < 1.2
