@@ -35,11 +35,11 @@ def exchanged(rows, nothing, input_offsets, send_sizes, output_offsets, recv_siz
     starts, sizes, ends = (
         jax.lax.all_gather(x, axis_name)[:, me] for x in (input_offsets, send_sizes, output_offsets)
     )
-    at, out = jnp.arange(len(nothing)), nothing
-    for source in range(len(everyone)):
-        behind = at - ends[source]
-        row = everyone[source][jnp.clip(starts[source] + behind, 0, len(rows) - 1)]
-        out = jnp.where(((behind >= 0) & (behind < sizes[source]))[:, None], row, out)
+    behind = jnp.arange(len(nothing)) - ends[:, None]  # a row for each device that sends
+    taken = jnp.clip(starts[:, None] + behind, 0, len(rows) - 1)
+    sent = jnp.take_along_axis(everyone, taken[..., None], axis=1)
+    here = ((behind >= 0) & (behind < sizes[:, None]))[..., None]
+    out = jnp.where(here.any(axis=0), jnp.where(here, sent, 0).sum(axis=0), nothing)
     # The sizes that this device expects are those that the others send.
     return jnp.where(jnp.all(sizes == recv_sizes), out, jnp.nan)
 
@@ -107,20 +107,19 @@ def replay(model, params, rollout) -> dict:
 
     own_choices = jax.jit(partial(with_own_routing, model))
 
-    def both(params, rollout, before):
+    def both(params, before, placed=lambda rows: rows):
         """The sampler's choices replayed, and those that the scorer makes by itself at `before`."""
-        own = own_choices(before, rollout)
-        chosen = jax.device_get((own.prompt_experts, own.experts))
-        own = jax.device_put(own, jax.tree.map(lambda leaf: leaf.sharding, rollout))
-        return jax.device_get((of(params, rollout), of(params, own))), chosen
+        own = jax.device_get(own_choices(before, placed(rollout)))
+        found = [of(params, placed(rows)) for rows in (rollout, own)]
+        return jax.device_get(found), (own.prompt_experts, own.experts)
 
-    alone, alone_chosen = both(moved, rollout, params)
+    params, moved, rollout = jax.device_get((params, moved, rollout))
+    alone, alone_chosen = both(moved, params)
     mesh = MeshConfig(fsdp=4, expert=2).build()
     with jax.set_mesh(mesh):
         shardings = shardings_of(model.logical_axes, mesh)
         split = [jax.device_put(leaf, shardings) for leaf in (moved, params)]
-        rows = jax.device_put(rollout, batch_sharding(mesh))
-        together, chosen = both(split[0], rows, split[1])
+        together, chosen = both(*split, lambda rows: jax.device_put(rows, batch_sharding(mesh)))
     apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone, together)
     changed = alone[0][0][1]
     return {
@@ -136,7 +135,8 @@ def replay(model, params, rollout) -> dict:
 
 def main() -> dict:
     model = Model(CONFIG)
-    params = jax.tree.map(lambda leaf: 2 * leaf, jax.jit(model.init)(jax.random.key(0)))
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: 2 * leaf, params)
     tokens = jax.random.randint(jax.random.key(1), (8, 3), 0, 16)
     prompts = Prompts(tokens, jnp.ones_like(tokens, bool))
     settings = SamplingConfig(
