@@ -161,7 +161,8 @@ def main(*asked) -> dict:
     ring.LARGEST = 1  # blocks of as few queries as can be
     for name in [name for name in MODELS if name in asked] or MODELS:
         model = Model(MODELS[name])
-        params = jax.tree.map(lambda leaf: 3 * leaf, jax.jit(model.init)(jax.random.key(0)))
+        params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
+        params = jax.tree.map(lambda leaf: 3 * leaf, params)
         rollout = rollout_of(model.config.vocab_size)
         advantages = np.random.default_rng(1).normal(size=(PROMPTS * SAMPLES, 1))
         advantages = np.broadcast_to(advantages, (PROMPTS * SAMPLES, NEW)).astype(np.float32)

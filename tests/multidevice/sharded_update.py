@@ -41,19 +41,21 @@ def batch_of_rows():
 
 
 BATCH = batch_of_rows()
+POLICY = jax.device_get(jax.jit(Model(DENSE).init)(jax.random.key(0)))
+POLICY = jax.tree.map(lambda leaf: 3 * leaf, POLICY)
 
 
 def case(kind):
     """The update, and (value, logical axes) of what it trains and of what else it takes."""
     objective, model = KINDS[kind][0], Model(DENSE)
-    policy = jax.tree.map(lambda leaf: 3 * leaf, jax.jit(model.init)(jax.random.key(0)))
-    own = trained = policy, model.logical_axes
+    own = trained = POLICY, model.logical_axes
     more = []
     if kind == "exact":
-        more = [(jax.tree.map(lambda leaf: 1.1 * leaf, policy), model.logical_axes)]
+        more = [(jax.tree.map(lambda leaf: 1.1 * leaf, POLICY), model.logical_axes)]
     if kind == "adapters":
         model = LoraModel(DENSE, LoraConfig(rank=4, targets=(".*",)))
-        adapters = jax.tree.map(lambda leaf: leaf + 0.1, model.init_adapters(jax.random.key(1)))
+        adapters = jax.device_get(jax.jit(model.init_adapters)(jax.random.key(1)))
+        adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
         trained, more = (adapters, model.adapter_axes), [(None, ()), own]
     update = make_update(model, objective, SGD, temperature=0.9, microbatches=2)
     return update, trained, more
@@ -70,8 +72,9 @@ def stepped(update, trained, more, mesh=None):
     def placed(value, axes):
         if value is None:
             return None
-        fresh = jax.tree.map(jnp.copy, value)  # which the update may take for its own
-        return fresh if mesh is None else jax.device_put(fresh, shardings_of(axes, mesh))
+        if mesh is None:
+            return jax.tree.map(jnp.array, value)
+        return jax.device_put(value, shardings_of(axes, mesh))
 
     rows = BATCH if mesh is None else jax.device_put(BATCH, batch_sharding(mesh))
     state, metrics = update(init_state(placed(*trained), SGD), rows, *(placed(*m) for m in more))
@@ -103,8 +106,7 @@ def sent():
     mesh = MeshConfig(data=2, fsdp=1).build(jax.devices()[:2])
     update = make_update(model, TOPK, SGD, temperature=1.0, microbatches=4)
     with jax.set_mesh(mesh):
-        shardings = shardings_of(model.logical_axes, mesh)
-        params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+        params = jax.device_put(POLICY, shardings_of(model.logical_axes, mesh))
         rows = jax.device_put(BATCH, batch_sharding(mesh))
         text = update.lower(init_state(params, SGD), rows).compile().as_text()
     found = costs_of(text, CHIPS["v5e"])[0].collectives["all-reduce"].bytes
