@@ -134,11 +134,11 @@ class Finished(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="module")
-def compiled_programs_are_kept(tmp_path_factory):
-    """Every run compiles anew, even the same programs: keep them, for the time they take."""
+@contextlib.contextmanager
+def programs_kept_in(folder: Path):
+    """What JAX compiles meanwhile is read from there, where it has been compiled before."""
     options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -153,14 +153,19 @@ def compiled_programs_are_kept(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def dppo() -> Callable[..., Finished]:
-    """The command line in this process: dppo("train", recipe, ...) -> status and output."""
+def dppo(tmp_path_factory) -> Callable[..., Finished]:
+    """The command line in this process: dppo("train", recipe, ...) -> status and output.
+
+    Every run compiles anew, and mostly the same programs: they are kept for the next.
+    """
 
     command.start_jax = lambda *_, **__: None  # its settings are the process's
+    programs = tmp_path_factory.mktemp("programs")
 
     def run(*arguments: object) -> Finished:
         out, err, status = io.StringIO(), io.StringIO(), 0
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        told = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        with programs_kept_in(programs), told[0], told[1]:
             try:
                 cli.main([str(argument) for argument in arguments])
             except SystemExit as end:

@@ -101,7 +101,6 @@ def overlays(tmp_path_factory):
     return [folder / "good.gin", folder / "bad.gin"]
 
 
-@pytest.mark.usefixtures("compiled_programs_are_kept")
 def test_a_grid_of_runs(dppo, toy_recipe, overlays, tmp_path):
     workdir = tmp_path / "grid"
     command = ["ablate", toy_recipe, "--over", *overlays, "--seeds", 2, "--workdir", workdir,

@@ -24,8 +24,6 @@ from dppo_jax.sharding import MeshConfig, shardings_of
 from dppo_jax.train import train
 from dppo_jax.verbs.command import GIVEN
 
-pytestmark = pytest.mark.usefixtures("compiled_programs_are_kept")
-
 RECIPE = """
 from __gin__ import dynamic_registration
 from dppo_jax import objectives

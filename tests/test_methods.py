@@ -104,7 +104,6 @@ def test_dppo_methods_json(dppo):
 
 
 @pytest.mark.slow  # 2 to 4 s a method: the issue asks that every one of them trains
-@pytest.mark.usefixtures("compiled_programs_are_kept")
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_every_method_trains(method, dppo, toy_recipe, tmp_path):
     overlay = tmp_path / "run.gin"

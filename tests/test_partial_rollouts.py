@@ -22,8 +22,6 @@ from dppo_jax.sampling.rollouts import Continuous, Lockstep, RolloutContext, req
 from dppo_jax.sharding import MeshConfig
 from dppo_jax.timing import Stopwatch
 
-pytestmark = pytest.mark.usefixtures("compiled_programs_are_kept")
-
 MESH = MeshConfig().build()
 SETTINGS = SamplingConfig(
     max_new_tokens=9, samples_per_prompt=2, top_k_capture=2, end_ids=(3, 4, 5, 6, 7)

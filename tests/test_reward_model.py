@@ -17,8 +17,6 @@ from dppo_jax.models.hf_weights import leaves_of
 from dppo_jax.reward_model import RewardModel, Scorer, filled
 from dppo_jax.sharding import MeshConfig
 
-pytestmark = pytest.mark.usefixtures("compiled_programs_are_kept")
-
 LLAMA = DecoderConfig(
     vocab_size=258, width=16, layers=2, heads=4, kv_heads=2, head_size=4, mlp_width=24
 )

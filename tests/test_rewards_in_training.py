@@ -5,8 +5,6 @@ import re
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("compiled_programs_are_kept")
-
 # The toy's own reward, from worker processes, plus what must be logged and weigh nothing; DAPO's
 # length penalty needs the count of tokens.
 WEIGHTED = """

@@ -85,7 +85,6 @@ def test_bad_values():
         rp.noisy_weights(-0.1)
 
 
-@pytest.mark.usefixtures("compiled_programs_are_kept")
 @pytest.mark.slow
 def test_a_stopped_stale_run_goes_on_as_if_it_had_not(dppo, toy_recipe, tmp_path):
     """The remembered parameters are in the checkpoint; mismatch grows as the policy moves away."""

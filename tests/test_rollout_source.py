@@ -6,8 +6,6 @@ import shutil
 import pytest
 from remote_engine import serving
 
-pytestmark = pytest.mark.usefixtures("compiled_programs_are_kept")
-
 REMOTE = """
 from __gin__ import dynamic_registration
 from dppo_jax import train

@@ -15,8 +15,6 @@ from dppo_jax.models.decoder import Model
 from dppo_jax.models.hf_config import to_json
 from dppo_jax.prompts.streaming import TextStream
 
-pytestmark = pytest.mark.usefixtures("compiled_programs_are_kept")
-
 ASK = ("--prompt", "12*34=", "--max-new-tokens", "6")
 
 

@@ -19,9 +19,6 @@ PER_STEP = {
 }  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("compiled_programs_are_kept")
-
-
 @pytest.fixture(scope="module")
 def run(dppo, toy_recipe, tmp_path_factory):
     """A finished run's directory."""
