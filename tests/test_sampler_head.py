@@ -16,6 +16,10 @@ from dppo_jax.kernels.filters import Filters, threshold
 from dppo_jax.kernels.sampler import sample
 from dppo_jax.kernels.streamed_sampler import streamed
 
+# One program a shape, where operation by operation each would be compiled for itself.
+drawn = jax.jit(draw, static_argnums=(2, 3, 4))
+threshold_of = jax.jit(threshold, static_argnums=1)
+
 
 def kept64(logits, filters):
     """The kept set of one row by its definition, in float64: sort, cut, renormalise, cut, cut.
@@ -67,7 +71,7 @@ def rows_of(seed, batch, vocab, kind):
 def test_the_kept_set_is_that_of_float64(seed, vocab, kind, top_k, top_p, min_p):
     filters = Filters(top_k, top_p, min_p)
     z = rows_of(seed, 6, vocab, kind)
-    kept = z >= np.asarray(threshold(jnp.asarray(z), filters))[:, None]
+    kept = z >= np.asarray(threshold_of(jnp.asarray(z), filters))[:, None]
     for ours, row in zip(kept, z, strict=True):
         expected, slack = kept64(row, filters)
         assert ours[np.argmax(row)]
@@ -80,7 +84,7 @@ def test_kept_sets_by_hand():
     z = jnp.log(jnp.array([[0.2, 0.4, 0.1, 0.2, 0.1]]))
 
     def kept(**filters):
-        return np.flatnonzero(z[0] >= threshold(z, Filters(**filters))[0]).tolist()
+        return np.flatnonzero(z[0] >= threshold_of(z, Filters(**filters))[0]).tolist()
 
     assert kept() == kept(top_k=5) == kept(top_k=9) == [0, 1, 2, 3, 4]
     assert kept(top_k=1) == kept(top_p=0.4) == kept(min_p=0.6) == [1]
@@ -122,7 +126,7 @@ FILTERS = [
 )
 def test_the_top_k_by_groups_is_the_top_k(seed, k, more, size, kind):
     z = jnp.asarray(rows_of(seed, 3, k * size + more, kind))
-    by_groups, whole = top_k_by_groups(z, k, size), jax.lax.top_k(z, k)
+    by_groups, whole = jax.jit(lambda z: (top_k_by_groups(z, k, size), jax.lax.top_k(z, k)))(z)
     jax.tree.map(np.testing.assert_array_equal, by_groups, tuple(whole))
 
 
@@ -145,7 +149,7 @@ def test_frequencies_are_the_recorded_distribution(filters):
     p = np.where(kept, np.exp(z.astype(np.float64) / 0.8), 0)
     p /= p.sum()
     logits = jnp.broadcast_to(jnp.asarray(z), (draws, vocab))
-    out = draw(logits, numbers(jax.random.key(3), draws), 0.8, 4, filters)
+    out = drawn(logits, numbers(jax.random.key(3), draws), 0.8, 4, filters)
     counts = np.bincount(np.asarray(out.token), minlength=vocab)
     assert (counts[~kept] == 0).all()
     chi2 = ((counts - draws * p)[kept] ** 2 / (draws * p[kept])).sum()
@@ -160,7 +164,7 @@ def test_frequencies_are_the_recorded_distribution(filters):
 @pytest.mark.parametrize("filters", [Filters(), Filters(top_p=0.5)], ids=str)
 def test_temperature_zero_takes_the_first_of_the_most_likely(filters):
     logits = jnp.array([[0.0, 2.0, 2.0, -1.0], [-jnp.inf, -3.0, -4.0, -3.0]])
-    out = draw(logits, numbers(jax.random.key(0), 2), 0.0, 2, filters)
+    out = drawn(logits, numbers(jax.random.key(0), 2), 0.0, 2, filters)
     np.testing.assert_array_equal(out.token, [1, 1])
     assert out.token.dtype == out.topk_ids.dtype == jnp.int32
     if not filters.on:
@@ -192,7 +196,7 @@ def test_the_head_draws_from_float32_logits(dtype, soft_cap):
     logits = np.asarray(hidden, np.float64) @ np.asarray(unembedding, np.float64).T
     if soft_cap is not None:
         logits = soft_cap * np.tanh(logits / soft_cap)
-    want = draw(jnp.asarray(logits, jnp.float32), numbers(jax.random.key(2), 3), 0.7, 4)
+    want = drawn(jnp.asarray(logits, jnp.float32), numbers(jax.random.key(2), 3), 0.7, 4)
     assert ours.logp.dtype == ours.topk_logp.dtype == ours.entropy.dtype == jnp.float32
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, want)
 
@@ -243,7 +247,7 @@ def test_the_streamed_form_records_what_the_plain_form_does(small_chunks, vocab,
     ours, exact, _ = jax.jit(streamed, static_argnames=("temperature", "top_k_capture", "bins"))(
         *head_of(logits), key, temperature=temperature, top_k_capture=k, bins=24
     )
-    want = draw(jnp.asarray(logits), key, temperature, k)
+    want = drawn(jnp.asarray(logits), key, temperature, k)
     assert exact[0] and (not exact[4] or vocab <= 96)  # 24 bins of 4 keep all there is
     np.testing.assert_array_equal(ours.topk_ids, want.topk_ids)
     np.testing.assert_allclose(ours.topk_logp, want.topk_logp, rtol=1e-5, atol=1e-5)
@@ -267,7 +271,7 @@ def test_rows_that_the_candidates_would_miss(small_chunks):
     hidden, matrix = jnp.eye(3), jnp.asarray(np.where(np.isinf(logits), -1e30, logits).T, "float32")
     ours, exact, _ = run(hidden, matrix, numbers(jax.random.key(1), 3))
     np.testing.assert_array_equal(exact, [False, True, False])
-    want = draw(matrix.T, numbers(jax.random.key(1), 3), 1.0, 6)
+    want = drawn(matrix.T, numbers(jax.random.key(1), 3), 1.0, 6)
     np.testing.assert_array_equal(ours.topk_ids, want.topk_ids)
     np.testing.assert_allclose(ours.topk_logp[:2], want.topk_logp[:2], rtol=1e-5, atol=1e-5)
     # the same without the row that fails takes no second pass
@@ -318,7 +322,7 @@ def test_the_streamed_form_filters_as_the_plain_form(small_chunks, monkeypatch, 
         for form in ("streamed", "plain")
     )
     z = logits / 0.8
-    kept = z >= np.asarray(threshold(jnp.asarray(z), filters))[:, None]
+    kept = z >= np.asarray(threshold_of(jnp.asarray(z), filters))[:, None]
     if replay:
         kept &= z >= np.sort(z, axis=1)[:, -8, None]
         np.testing.assert_array_equal(ours.kept_count, want.kept_count)
