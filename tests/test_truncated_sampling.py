@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -75,35 +76,43 @@ def test_by_hand():
     assert one.topk_logp[0, 0, 0] == 0 and one.entropy[0, 0] == 0
 
 
+def renormalised_rows(z, token, ids, counts, shift):
+    chosen = jnp.take_along_axis(z, jnp.concatenate([token, ids], axis=1), axis=1) + shift
+    stats = renormalised(chosen[:, None], counts[:, None])
+    columns = jnp.where(jnp.arange(5) < counts[:, None], stats.topk_logp[:, 0], 0.0)
+    return jnp.concatenate([stats.logp, stats.entropy, columns], axis=1)
+
+
+def masked_softmax(z, token, ids, counts, shift):
+    kept = jnp.arange(5) < counts[:, None]
+    inside = jnp.zeros((4, 11), bool).at[jnp.arange(4)[:, None], ids].set(kept)
+    logp = jax.nn.log_softmax(jnp.where(inside, z, -1e30))
+    entropy = -jnp.sum(jnp.exp(logp) * logp, axis=1, keepdims=True)
+    stored = jnp.where(kept, jnp.take_along_axis(logp, ids, axis=1), 0.0)
+    return jnp.concatenate([jnp.take_along_axis(logp, token, axis=1), entropy, stored], axis=1)
+
+
+@partial(jax.jit, static_argnums=0)
+def value_and_gradient(form, weights, z, *more):
+    value, pullback = jax.vjp(lambda z: form(z, *more), z)
+    return value, *pullback(weights)
+
+
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**31), shift=st.sampled_from([0.0, -40.0, 300.0]))
 def test_values_and_gradients_are_those_of_the_masked_softmax(seed, shift):
     rng = np.random.default_rng(seed)
-    z = jnp.asarray(rng.normal(size=(4, 11)) * 3, "float32")
-    counts = jnp.asarray(rng.integers(1, 6, size=4))
-    ids = jnp.argsort(-z, axis=1)[:, :5]
-    at = jnp.asarray(rng.integers(0, counts))
-    token = jnp.take_along_axis(ids, at[:, None], axis=1)
-    weights = jnp.asarray(rng.normal(size=(4, 7)), "float32")
-    kept = jnp.arange(5) < counts[:, None]
-
-    def ours(z):
-        chosen = jnp.take_along_axis(z, jnp.concatenate([token, ids], axis=1), axis=1) + shift
-        stats = renormalised(chosen[:, None], counts[:, None])
-        columns = jnp.where(kept, stats.topk_logp[:, 0], 0.0)
-        return jnp.concatenate([stats.logp, stats.entropy, columns], axis=1)
-
-    def plain(z):
-        inside = jnp.zeros((4, 11), bool).at[jnp.arange(4)[:, None], ids].set(kept)
-        logp = jax.nn.log_softmax(jnp.where(inside, z, -1e30))
-        entropy = -jnp.sum(jnp.exp(logp) * logp, axis=1, keepdims=True)
-        stored = jnp.where(kept, jnp.take_along_axis(logp, ids, axis=1), 0.0)
-        return jnp.concatenate([jnp.take_along_axis(logp, token, axis=1), entropy, stored], axis=1)
-
+    z = (rng.normal(size=(4, 11)) * 3).astype("float32")
+    counts = rng.integers(1, 6, size=4)
+    ids = np.argsort(-z, axis=1)[:, :5]
+    token = np.take_along_axis(ids, rng.integers(0, counts)[:, None], axis=1)
+    weights = rng.normal(size=(4, 7)).astype("float32")
     tolerance = dict(rtol=1e-4, atol=1e-5 + abs(shift) * 1e-6)
-    np.testing.assert_allclose(ours(z), plain(z), **tolerance)
-    gradients = [jax.grad(lambda z, f=f: jnp.sum(weights * f(z)))(z) for f in (ours, plain)]
-    np.testing.assert_allclose(*gradients, **tolerance)
+    arrays = weights, z, token, ids, counts, np.float32(shift)
+    forms = renormalised_rows, masked_softmax
+    ours, plain = (value_and_gradient(form, *arrays) for form in forms)
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, **tolerance)
 
 
 # ---- a policy that trains on what it sampled --------------------------------------------------
@@ -114,9 +123,12 @@ def rollout(tiny, prompts):
     return generate(*tiny, prompts, jax.random.key(2), settings=TRUNCATED)
 
 
+score_of = jax.jit(partial(score, temperature=TEMPERATURE), static_argnums=0)
+
+
 @pytest.fixture(scope="module")
 def scored(tiny, rollout):
-    return jax.jit(lambda p, r: score(tiny[0], p, r, temperature=TEMPERATURE))(tiny[1], rollout)
+    return score_of(*tiny, rollout)
 
 
 def test_on_policy_ratios_are_one(tiny, rollout, scored):
@@ -134,7 +146,7 @@ def test_on_policy_ratios_are_one(tiny, rollout, scored):
     np.testing.assert_array_equal(np.isfinite(ours)[mask], np.isfinite(theirs)[mask])
     np.testing.assert_allclose(np.exp(ours[mask]), np.exp(theirs[mask]), atol=1e-5)
     forgotten = dataclasses.replace(rollout, kept_count=None)
-    unscored = ratios(score(*tiny, forgotten, temperature=TEMPERATURE))
+    unscored = ratios(score_of(*tiny, forgotten))
     assert np.mean((unscored < 0.9) | (unscored > 1.1)) >= 0.5
     sizes = kept_sizes(rollout)
     assert 1 < sizes["truncation/kept"].sum / mask.sum() < 20
@@ -175,7 +187,7 @@ def test_the_engine_records_kept_sets_too(tiny, prompts):
             }.items()
         },
     )  # fmt: skip
-    stats = score(model, params, drawn, temperature=TEMPERATURE)
+    stats = score_of(model, params, drawn)
     np.testing.assert_allclose(stats.logp, drawn.logp_rollout, atol=1e-4)
 
 
@@ -188,6 +200,7 @@ def moved(tiny):
     )
 
 
+@partial(jax.jit, static_argnums=0)
 def plain_score(model, params, rollout):
     """Log-probabilities [B, T, V] over the kept set of each token, from all logits at once."""
     decoder = model.bind(params)
