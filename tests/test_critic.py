@@ -71,7 +71,7 @@ def test_a_decoder_of_its_own_starts_at_random(small):
     critic = Critic(ValueModel(optax.sgd(0.1), decoder=other), model.config)
     params = critic.init(jax.random.key(0), policy)
     assert params["head"]["weight"].shape == (16, 1) and params["decoder"]["embedding"].std() > 0
-    assert critic.values(params, made_batch().rollout).shape == (8, 5)
+    assert jax.jit(critic.values)(params, made_batch().rollout).shape == (8, 5)
     with pytest.raises(ValueError, match="outputs=0: a critic predicts at least one"):
         ValueModel(optax.sgd(0.1), outputs=0)
 
