@@ -89,7 +89,7 @@ def programs_are_dropped():
     """Compiled programs map memory; past the 65,530 maps of a Linux process it crashes."""
     yield
     maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 15_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
         gc.collect()
 
