@@ -19,7 +19,6 @@ from dppo_jax.sampling.paged_attention import (
     attended_segments,
     combined,
     room_bias,
-    tokens_of_view,
     with_column,
 )
 from dppo_jax.sampling.paged_cache import (
@@ -146,7 +145,7 @@ class Viewed:
             columns = jnp.arange(self.chunk)
             to, at = where.places(columns, layer.page_size)
             to = jnp.where(columns < counts[:, None], to, len(layer.k))
-            return layer.with_tokens(tokens_of_view(room), to, at)
+            return layer.with_tokens(SplitPages(*room).tokens, to, at)
 
         write = by_shard(write, SPLIT, HEADS, SLOTS, SLOTS, gives=SPLIT)
         return [write(*both, self.where, counts) for both in zip(pages, states, strict=True)]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dppo_jax.models.attention import NEGATIVE, soft_capped
+from dppo_jax.models.attention import NEGATIVE, bias_of, soft_capped
 from dppo_jax.sampling.paged_cache import Stored, View
 from dppo_jax.sampling.segments import Segments
 
@@ -25,18 +25,13 @@ def with_column(view: View, new: Stored, column: Int[Array, ""]) -> View:
     return jax.tree.map(put, view, View(*new))
 
 
-def tokens_of_view(view: View) -> Stored:
-    """Its tokens: leaves [B, C, Hkv, ...]."""
-    return Stored(*jax.tree.map(lambda leaf: leaf.swapaxes(1, 2), view))
-
-
 class Part(NamedTuple):
     """A softmax over some of a query's keys, for `combined`: the sum of values, weighted by the
     exponentials of scores less the largest, the sum of these weights, and the largest score."""
 
     out: Float[Array, "N h r d"]
     total: Float[Array, "N h r 1"]
-    top: Float[Array, "N h r 1"]
+    highest: Float[Array, "N h r 1"]
 
 
 def room_bias(room: int, step: Int[Array, ""], window: int | None) -> Float[Array, " T"]:
@@ -58,7 +53,7 @@ def segment_bias(
 def _bias(seen, place, now, window: int | None):
     if window is not None:
         seen &= now - place < window
-    return jnp.where(seen, 0.0, NEGATIVE)
+    return bias_of(seen)
 
 
 def attended(
@@ -69,13 +64,13 @@ def attended(
     z = jnp.einsum("bhrd,bhtd->bhrt", q, view.k.astype(q.dtype), preferred_element_type=jnp.float32)
     z = z if view.k_scale is None else z * view.k_scale[:, :, None]
     z = soft_capped(z, soft_cap) + bias[:, None]
-    top = jnp.max(z, axis=-1, keepdims=True)
-    weights = jnp.exp(z - top)
+    highest = jnp.max(z, axis=-1, keepdims=True)
+    weights = jnp.exp(z - highest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights if view.v_scale is None else weights * view.v_scale[:, :, None]
     weights, v = weights.astype(q.dtype), view.v.astype(q.dtype)
     out = jnp.einsum("bhrt,bhtd->bhrd", weights, v, preferred_element_type=jnp.float32)
-    return Part(out, total, top)
+    return Part(out, total, highest)
 
 
 def attended_segments(
@@ -103,15 +98,15 @@ def attended_segments(
 
 def combined(own: Part, others: Sequence[tuple[Part, Array]]) -> Float[Array, "B h r d"]:
     """The softmax of each slot over all of its keys: its own part, and others with their slots."""
-    everyone, top = jnp.arange(len(own.top))[:, None], own.top
+    everyone, highest = jnp.arange(len(own.highest))[:, None], own.highest
     for part, slots in others:
         its = (slots == everyone)[:, :, None, None, None]
-        top = jnp.maximum(top, jnp.max(jnp.where(its, part.top, NEGATIVE), axis=1))
-    scale = jnp.exp(own.top - top)
+        highest = jnp.maximum(highest, jnp.max(jnp.where(its, part.highest, NEGATIVE), axis=1))
+    scale = jnp.exp(own.highest - highest)
     out, total = own.out * scale, own.total * scale
     for part, slots in others:
         # Nobody's is of any slot, and counts for none.
-        scale = jnp.exp(jnp.minimum(part.top - top[slots], 0.0))
+        scale = jnp.exp(jnp.minimum(part.highest - highest[slots], 0.0))
         add = partial(jnp.einsum, "bn,nhrd->bhrd", (slots == everyone) * 1.0, precision="highest")
         out, total = out + add(part.out * scale), total + add(part.total * scale)
     return out / total

@@ -91,7 +91,7 @@ def find_shared(
     tokens: dict[int, int] = {}
     for shard, pages, sharing in groups:
         if len(found[shard]) < of.number:
-            one = nothing(1, of)
+            one = nothing(of._replace(number=1))
             one.pages[0, : len(pages)] = pages
             one.slots[0, : len(sharing)] = np.array(sharing) % slots
             one.tokens[:] = len(pages) * page_size
@@ -114,7 +114,7 @@ def find_own(
         start = before.get(sample.slot, 0)
         first = np.arange(start, sample.length, pages * page_size)
         there = sample.pages[start // page_size : -(-sample.length // page_size)]
-        one = nothing(len(first), SegmentShape(len(first), pages, 1))
+        one = nothing(SegmentShape(len(first), pages, 1))
         one.pages.reshape(-1)[: len(there)] = there
         one.slots[:] = sample.slot % slots
         one.first[:] = first
@@ -123,13 +123,13 @@ def find_own(
     return found
 
 
-def nothing(number: int, of: SegmentShape) -> Any:
+def nothing(of: SegmentShape) -> Any:
     """Segments on the host of page 0, which nobody attends to."""
     leaves: dict[str, Any] = dict(
-        pages=np.zeros((number, of.pages), np.int32),
-        slots=np.full((number, of.slots), NOBODY, np.int32),
-        first=np.zeros(number, np.int32),
-        tokens=np.zeros(number, np.int32),
+        pages=np.zeros((of.number, of.pages), np.int32),
+        slots=np.full((of.number, of.slots), NOBODY, np.int32),
+        first=np.zeros(of.number, np.int32),
+        tokens=np.zeros(of.number, np.int32),
     )
     return Segments(**leaves)
 
@@ -141,7 +141,7 @@ def most_of(found: ByShard) -> int:
 
 def joined(found: ByShard, of: SegmentShape) -> Segments:
     """All of them, `of.number` a shard."""
-    whole = nothing(len(found) * of.number, of)
+    whole = nothing(of._replace(number=len(found) * of.number))
     for shard, some in enumerate(found):
         at = shard * of.number
         for one in some:
