@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from dppo_jax.curves import Panel, draw
+from dppo_jax.metrics import read_lines
 
 LAST = 10  # steps that `reward_last` is the mean of
 COLUMNS = {  # of the table: its heading, the cells' number, its format
@@ -96,7 +97,7 @@ def outcome(cell: Cell, error: str | None) -> Outcome:
     """A cell's numbers, read from its run directory."""
     summary = _read(cell.workdir / "summary.json") or {}
     log = cell.workdir / "metrics.jsonl"
-    lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
+    lines = read_lines(log) if log.exists() else []
     rewards = [line["reward/mean"] for line in lines]
     mismatches = [x for line in lines if (x := line["mismatch/prob_abs_mean"]) is not None]
     return Outcome(
@@ -133,7 +134,7 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     if len(values) < 2:
         return {"mean": mean, "low": None, "high": None}
     deviation = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation
+    half = float(stdtrit(len(values) - 1, 0.975)) * deviation
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
@@ -177,7 +178,7 @@ def plot(outcomes: Sequence[Outcome]) -> str:
         for each in outcomes:
             log = Path(each.workdir) / "metrics.jsonl"
             if log.exists():
-                lines = map(json.loads, log.read_text().splitlines())
+                lines = read_lines(log)
                 curve = [math.nan if line[metric] is None else line[metric] for line in lines]
                 curves.setdefault(each.algorithm, []).append(curve)
         panels.append(Panel(title, curves))

@@ -20,6 +20,7 @@ from dppo_jax.verbs import (
     hugging_face,
     methods,
     planning,
+    reporting,
     runs,
     sampling,
 )
@@ -95,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="dppo", description="Trust-region reinforcement learning of language models in JAX."
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for family in (runs, sampling, planning, grading, methods, benchmarks, data, hugging_face):
+    for family in (
+        runs, reporting, sampling, planning, grading, methods, benchmarks, data, hugging_face,
+    ):  # fmt: skip
         family.add(verbs)
     return parser

@@ -152,19 +152,22 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, [a for a in arguments if not a.startswith("--gin.")]
 
 
+def bindings(text: str, name: str) -> dict[str, str]:
+    """What a configuration text binds, as it is written; `name` is for errors."""
+    return {
+        _written(statement): " ".join(repr(statement.value).split())
+        for statement in _statements(text, name, _Verbatim())
+        if isinstance(statement, config_parser.BindingStatement)
+    }
+
+
 def difference(asked: str, stored: str, there: str = "in the stored run") -> str | None:
     """One line with the first bindings in which two configuration texts differ; None: in none.
 
     `there` says where the second is from.
     """
-    ours, theirs = (
-        {
-            _written(statement): " ".join(repr(statement.value).split())
-            for statement in _statements(text, where, _Verbatim())
-            if isinstance(statement, config_parser.BindingStatement)
-        }
-        for text, where in ((asked, "the asked configuration"), (stored, "the stored one"))
-    )
+    ours = bindings(asked, "the asked configuration")
+    theirs = bindings(stored, "the stored one")
     names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     parts = [
         f"{name} is {shorten(ours.get(name, 'unset'))} here"

@@ -175,5 +175,5 @@ def write_files(directory: Path, texts: Mapping[str, str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         unfinished = directory / f"{name}.new"
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(directory / name)

@@ -56,6 +56,7 @@ def test_files_of_a_run(run):
         "samples.jsonl",
         "answers.jsonl",
         "summary.json",
+        "report.html",
         "checkpoints",
     }
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]

@@ -144,8 +144,11 @@ def _refuse_other_run(recipe: Any, workdir: Path) -> None:
 
 
 def _run(recipe: Any, workdir: Path, console: Any) -> dict[str, Any]:
-    """Trains as a loaded recipe says; its texts go into the run directory."""
+    """Trains as a loaded recipe says; its texts and its report go into the run directory."""
+    from dppo_jax import report
     from dppo_jax.hosts import first_process_first
+    from dppo_jax.multihost import is_writer
+    from dppo_jax.preflight import write_files
     from dppo_jax.train import train
 
     with first_process_first("arguments"):  # which may make a tokenizer's file
@@ -155,9 +158,12 @@ def _run(recipe: Any, workdir: Path, console: Any) -> dict[str, Any]:
         "config.gin": recipe.config_text(),
     }
     try:
-        return train(workdir=str(workdir), console=console, configuration=texts, **arguments)
+        summary = train(workdir=str(workdir), console=console, configuration=texts, **arguments)
     finally:
         console.finish_line()  # which has hidden the cursor
+    if is_writer():
+        write_files(workdir, {report.FILE: report.page(report.read([workdir]))})
+    return summary
 
 
 def _ablate(options: argparse.Namespace) -> None:
