@@ -1,15 +1,18 @@
-"""Unreduced metrics to numbers, and the only writer of them: one JSON object a step."""
+"""Unreduced metrics to numbers, and their only writers: one JSON object a step, and its mirrors."""
 
+import importlib
 import json
 import math
 import os
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from dppo_jax.config import bindings
 from dppo_jax.records import Max, Metric, Metrics
 
 
@@ -63,6 +66,106 @@ class JsonLines:
 
     def close(self):
         self._file.close()
+
+
+class Mirror(Protocol):
+    """Shows a run's numbers in another place too."""
+
+    def write(self, step: int, numbers: Mapping[str, float | int]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+MakeMirror = Callable[[Path, int], Mirror]  # (run directory, step that it goes on at)
+
+
+class RunLog:
+    """A run's `metrics.jsonl` and what mirrors it."""
+
+    def __init__(
+        self, directory: Path, resume_at: int, mirrors: Sequence[MakeMirror] = (), *, quiet: bool
+    ):
+        self._lines = JsonLines(directory / "metrics.jsonl", resume_at=resume_at, quiet=quiet)
+        self._mirrors = [] if quiet else [make(directory, resume_at) for make in mirrors]
+
+    def write(self, step: int, **numbers: float | int) -> None:
+        """One step's numbers; mirrors are not told of those that are not finite."""
+        self._lines.write(step=step, **numbers)
+        finite = {name: value for name, value in numbers.items() if not _not_finite(value)}
+        for mirror in self._mirrors:
+            mirror.write(step, finite)
+
+    def close(self) -> None:
+        self._lines.close()
+        for mirror in self._mirrors:
+            mirror.close()
+
+
+def tensorboard() -> MakeMirror:
+    """TensorBoard's event files in the run directory's `tensorboard`, for `train(mirrors=...)`."""
+    tensorboardx = _installed("tensorboardX", "tensorboard")
+
+    class Events:
+        def __init__(self, directory: Path, resume_at: int):
+            self._writer = tensorboardx.SummaryWriter(
+                str(directory / "tensorboard"), purge_step=resume_at or None
+            )
+
+        def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+
+        def close(self) -> None:
+            self._writer.close()
+
+    return Events
+
+
+def weights_and_biases(
+    project: str = "dppo_jax", entity: str | None = None, group: str | None = None
+) -> MakeMirror:
+    """A run of Weights & Biases, called as the run directory, for `train(mirrors=...)`.
+
+    Its id is kept in the directory's `wandb_id`, so that a resumed run goes on there. Log in by
+    `wandb login` or WANDB_API_KEY; WANDB_MODE=offline keeps all in the directory.
+    """
+    wandb = _installed("wandb", "wandb")
+
+    class Run:
+        def __init__(self, directory: Path, resume_at: int):
+            kept = directory / "wandb_id"
+            if not kept.exists():
+                kept.write_text(secrets.token_hex(8))
+            asked = directory / "config.gin"
+            text = asked.read_text(encoding="utf-8") if asked.exists() else ""
+            self._run = wandb.init(
+                project=project,
+                entity=entity,
+                group=group,
+                name=directory.name,
+                id=kept.read_text(),
+                resume="allow",
+                dir=str(directory),
+                config=bindings(text, str(asked)),
+            )
+
+        def write(self, step: int, numbers: Mapping[str, float | int]) -> None:
+            self._run.log(dict(numbers), step=step)
+
+        def close(self) -> None:
+            self._run.finish()
+
+    return Run
+
+
+def _installed(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(
+            f"{module} is not installed: pip install 'dppo-jax[{extra}]' or leave the mirror out"
+        ) from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ from dppo_jax.evaluate import (
 from dppo_jax.hosts import Preemption, first_process_first
 from dppo_jax.initial_policy import InitialContext, InitialPolicy, hf_folder, reporter
 from dppo_jax.masked_tokens import as_files, most_masked
-from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
+from dppo_jax.metrics import CompilationCounter, JsonLines, MakeMirror, RunLog, reduce_metrics
 from dppo_jax.models.decoder import DecoderConfig, Params
 from dppo_jax.models.fused_attention import described
 from dppo_jax.models.lora import LoraConfig
@@ -105,6 +105,7 @@ def train(
     checkpoint_every: int = 0,
     exact_divergence_every: int = 0,
     samples_logged: int = 2,
+    mirrors: Sequence[MakeMirror] = (),
     seed: int = 0,
     console: Console | None = None,
     configuration: Mapping[str, str] | None = None,
@@ -129,6 +130,7 @@ def train(
     in scoring and update ("replay": R3), or those of the scorer before the updates in the updates
     ("replay_trainer": R2).
     Every `exact_divergence_every` steps (0: never) `scoring.tightness` is measured after the step.
+    `mirrors` show the metrics elsewhere too, as `metrics.tensorboard()` does.
     Raises ValueError with one line where the configuration contradicts itself, and then leaves no
     `workdir` behind. `configuration` is what the run was asked for, as texts by file name; they
     are written beside the first checkpoint.
@@ -282,10 +284,8 @@ def train(
             kept = open_answers(directory, min(done + 1, steps))
             console.say(f"resuming {directory} after step {done} of {steps}")
         frozen = frozen or base  # with LoRA by default the policy without its adapters
-        log, samples = (
-            JsonLines(directory / name, resume_at=done, quiet=not is_writer())
-            for name in ("metrics.jsonl", "samples.jsonl")
-        )
+        log = RunLog(directory, done, mirrors, quiet=not is_writer())
+        samples = JsonLines(directory / "samples.jsonl", resume_at=done, quiet=not is_writer())
 
         def close() -> None:
             for file in (checkpoints, log, samples, kept):

@@ -2,12 +2,24 @@
 
 import json
 import math
+import re
+import struct
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from dppo_jax.metrics import CompilationCounter, JsonLines, reduce_metrics
+from dppo_jax.metrics import (
+    CompilationCounter,
+    JsonLines,
+    RunLog,
+    read_lines,
+    reduce_metrics,
+    tensorboard,
+    weights_and_biases,
+)
 from dppo_jax.records import Max, Mean
 
 
@@ -93,3 +105,86 @@ def test_compilations_are_counted():
     assert counter.total == before + 1
     double(x)
     assert counter.total == before + 1
+
+
+def events_in(folder):
+    """(step, name, value) of TensorBoard's event files, which are TFRecords."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            at += length + 16
+    return found
+
+
+def test_tensorboard_mirrors_what_is_finite(tmp_path):
+    log = RunLog(tmp_path, 0, [tensorboard()], quiet=False)
+    log.write(0, **{"reward/mean": 0.25, "mask/logp": math.nan})
+    log.write(1, **{"reward/mean": 0.5, "time/compilations": 0})
+    log.close()
+    assert events_in(tmp_path / "tensorboard") == [
+        (0, "reward/mean", 0.25),
+        (1, "reward/mean", 0.5),
+        (1, "time/compilations", 0.0),
+    ]
+    assert read_lines(tmp_path / "metrics.jsonl")[0] == {
+        "step": 0, "reward/mean": 0.25, "mask/logp": None,
+    }  # fmt: skip
+
+
+class FakeWandb(types.ModuleType):
+    """The calls of wandb that a run makes, noted."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.calls = []
+
+    def init(self, **settings):
+        self.calls.append(("init", settings))
+        return types.SimpleNamespace(
+            log=lambda numbers, step: self.calls.append(("log", step, numbers)),
+            finish=lambda: self.calls.append(("finish",)),
+        )
+
+
+def test_a_resumed_run_goes_on_in_wandb(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "config.gin").write_text("STEPS = 3\n")
+    for step in range(2):
+        log = RunLog(tmp_path, step, [weights_and_biases(project="mine")], quiet=False)
+        log.write(step, loss=0.5)
+        log.close()
+    kept = (tmp_path / "wandb_id").read_text()
+    settings = dict(
+        project="mine", entity=None, group=None, name=tmp_path.name, id=kept, resume="allow",
+        dir=str(tmp_path), config={"STEPS": "3"},
+    )  # fmt: skip
+    assert fake.calls == [
+        call
+        for step in range(2)
+        for call in (("init", settings), ("log", step, {"loss": 0.5}), ("finish",))
+    ]
+
+
+def test_only_the_writing_process_has_mirrors(tmp_path):
+    log = RunLog(tmp_path, 0, [tensorboard()], quiet=True)
+    log.write(0, loss=1.0)
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "module", "extra"),
+    [(tensorboard, "tensorboardX", "tensorboard"), (weights_and_biases, "wandb", "wandb")],
+)
+def test_a_mirror_that_is_not_installed(monkeypatch, make, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    message = f"{module} is not installed: pip install 'dppo-jax[{extra}]' or leave the mirror out"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
