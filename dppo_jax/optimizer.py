@@ -15,11 +15,13 @@ def adamw(
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW after clipping the gradient to `clip_norm`.
+    """AdamW after clipping the gradient to `clip_norm`, which a large number leaves as it is.
 
     The rate rises linearly over `warmup_steps` gradient steps, then stays (decay_steps None) or
     falls as a cosine to final_fraction · learning_rate at gradient step `decay_steps`.
     """
+    if not clip_norm > 0:
+        raise ValueError(f"clip_norm={clip_norm} must be positive; 1e9 clips nothing")
     if decay_steps is None:
         warmup = optax.linear_schedule(0.0, learning_rate, max(1, warmup_steps))
         schedule = warmup if warmup_steps else optax.constant_schedule(learning_rate)

@@ -121,3 +121,20 @@ def test_padding_is_no_part_of_a_sequences_product():
         o.corrected(o.dapo(anchor=o.old_anchor), o.sequence_tis()), stats, poisoned
     )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((result, gradient)))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: o.tis(0.0),
+        lambda: o.sequence_tis(-1.0),
+        lambda: o.icepop(5.0, 0.5),
+        lambda: o.sequence_mis(lowest=-0.1),
+        lambda: o.product_mask(2.0, 0.5),
+        lambda: o.geometric_mask(1.002, 0.999),
+        lambda: o.grpo_icepop(lowest=6.0),
+    ],
+)
+def test_refuses_what_would_drop_every_token(bad):
+    with pytest.raises(ValueError, match="must be"):
+        bad()

@@ -161,6 +161,13 @@ def test_bapo_balance_is_the_loop_of_its_definition():
 # ---- draws of Clip-Cov -----------------------------------------------------------------------
 
 
+def test_kl_cov_penalises_none_of_equals():
+    """Where no token has an advantage every covariance is 0, and none stands out."""
+    stats, batch = from_probabilities(MU, PI, [0.0] * 4)
+    result, gradient = loss_and_gradient(o.kl_cov(0.25), stats, batch)
+    assert result.loss_sum == 0 and not gradient.logp.any()
+
+
 def test_clip_cov_draws_the_number_that_it_should_and_not_always_the_same():
     rng = np.random.default_rng(0)
     shape = (1, 400)
@@ -198,7 +205,12 @@ def test_clip_cov_draws_the_number_that_it_should_and_not_always_the_same():
         lambda: o.dro(-1.0),
         lambda: o.bapo(lowest=1.1),
         lambda: o.bapo(highest_step=0.0),
+        lambda: o.bapo(dual_clip=0.5),
         lambda: o.clip_cov(1.5),
+        lambda: o.clip_cov(delta_low=-0.1),
+        lambda: o.clip_cov(cov_low=5.0),
+        lambda: o.kl_cov(coefficient=-1.0),
+        lambda: o.with_reference_kl(o.dapo(), -0.1),
     ],
 )
 def test_refuses_nonsense(bad):

@@ -289,6 +289,7 @@ def test_sequence_regions_ask_for_what_their_measure_needs():
         lambda: o.cppo(w_min=1.5),
         lambda: o.cppo_soft(delta=0.0),
         lambda: o.quantile_budget(times=0.5),
+        lambda: o.fixed_budget(-0.01),
         lambda: o.trm_max(delta=-1.0),
         lambda: o.ratio_surrogate(o.unconstrained(), cap=0.0),
     ],

@@ -203,6 +203,9 @@ def test_clipping():
     np.testing.assert_allclose(first(short, 1.0), short, rtol=1e-3)
     np.testing.assert_allclose(first(long, 1.0), [0.6, -0.8], rtol=1e-3)
     np.testing.assert_allclose(first(long, 5.0), [3.0, -4.0], rtol=1e-3)
+    np.testing.assert_allclose(first(long, 1e9), long, rtol=2e-2)
+    with pytest.raises(ValueError, match="clip_norm=0.0 must be positive; 1e9 clips nothing"):
+        adamw(learning_rate=0.1, clip_norm=0.0)
 
 
 def test_weight_decay():

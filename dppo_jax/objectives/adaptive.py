@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from dppo_jax.objectives.aggregate import Aggregation, token_mean
 from dppo_jax.objectives.measures import Anchor, binary_tv_measure, rollout_anchor, surrogate_ratio
 from dppo_jax.objectives.policy_gradient import TokenLoss, from_batch_loss
-from dppo_jax.objectives.ppo import clipped_surrogate
+from dppo_jax.objectives.ppo import check_dual_clip, clipped_surrogate
 from dppo_jax.records import Batch, Mean, Objective, TokenStats
 
 
@@ -50,6 +50,7 @@ def bapo(
         )
     if not (lowest_step > 0 and highest_step > 0):
         raise ValueError(f"steps must be positive, got {lowest_step} and {highest_step}")
+    check_dual_clip(dual_clip)
     centre = anchor()
     rises = [(low, highest) for low in _ladder(lowest, lowest_end, lowest_step)]
     rises += [(lowest_end, high) for high in _ladder(highest, highest_end, highest_step)[1:]]

@@ -106,11 +106,13 @@ def product(*corrections: Correction) -> Correction:
 
 def tis(cap: float = 2.0, policy: Callable[[], Corrected] = old_policy) -> Correction:
     """Truncated importance sampling: min(ρ, C) a token. verl and slime, C = 2."""
+    _check_cap(cap)
     return _by_token(lambda log_rho: jnp.minimum(jnp.exp(log_rho), cap), policy)
 
 
 def sequence_tis(cap: float = 5.0, policy: Callable[[], Corrected] = old_policy) -> Correction:
     """min(Π ρ, C) at all tokens of a sequence. SkyRL@a9564572, C = 5."""
+    _check_cap(cap)
     return _by_sequence(lambda total, mean: jnp.minimum(jnp.exp(total), cap), policy)
 
 
@@ -121,6 +123,7 @@ def icepop(
 
     With `lowest` 0 it is masked importance sampling a token; `sequence_mis` is both a sequence.
     """
+    _check_bounds(lowest, highest)
     return _by_token(lambda log_rho: _inside(jnp.exp(log_rho), lowest, highest), policy)
 
 
@@ -131,6 +134,7 @@ def sequence_mis(
 
     TRL@f2cd57710 mode "sequence_mask", C = 3, on by default there with vLLM.
     """
+    _check_bounds(lowest, highest)
     return _by_sequence(lambda total, mean: _inside(jnp.exp(total), lowest, highest), policy)
 
 
@@ -141,6 +145,7 @@ def product_mask(
 
     verl@1dda039b rollout_corr_helper, sequence level; C = 2 is its threshold, 1/2 its inverse.
     """
+    _check_bounds(lowest, highest)
     return _by_sequence(
         lambda total, mean: jnp.sign(_inside(jnp.exp(total), lowest, highest)), policy
     )
@@ -150,6 +155,7 @@ def geometric_mask(
     lowest: float = 0.999, highest: float = 1.002, policy: Callable[[], Corrected] = old_policy
 ) -> Correction:
     """1 where the sequence's geometric mean of ρ is within the bounds, else 0: NeMo-RL's values."""
+    _check_bounds(lowest, highest)
     return _by_sequence(
         lambda total, mean: jnp.sign(_inside(jnp.exp(mean), lowest, highest)), policy
     )
@@ -188,6 +194,16 @@ def _off_policy(
         return jnp.where(far & (batch.advantages < 0), 0.0, 1.0)
 
     return Correction(weight, centre.needs, scope)
+
+
+def _check_cap(cap: float) -> None:
+    if not cap > 0:
+        raise ValueError(f"cap must be positive, got {cap}")
+
+
+def _check_bounds(lowest: float, highest: float) -> None:
+    if not 0 <= lowest <= highest:
+        raise ValueError(f"bounds must be 0 <= lowest <= highest, got {lowest} and {highest}")
 
 
 def _inside(rho: Float[Array, "B _"], lowest: float, highest: float) -> Float[Array, "B _"]:

@@ -16,6 +16,7 @@ from dppo_jax.objectives.aggregate import Aggregation, token_mean
 from dppo_jax.objectives.measures import Anchor, rollout_anchor, surrogate_ratio
 from dppo_jax.objectives.policy_gradient import TokenLoss, from_batch_loss
 from dppo_jax.objectives.ppo import clipped_surrogate
+from dppo_jax.objectives.trust_region import check_thresholds
 from dppo_jax.records import Batch, Objective, TokenStats
 
 
@@ -65,6 +66,9 @@ def clip_cov(
     a pure function; samples of a prompt that are equal in every token are drawn together.
     """
     _check_fraction(fraction)
+    check_thresholds(delta_low, delta_high)
+    if not cov_low < cov_high:
+        raise ValueError(f"cov_low must be below cov_high, got {cov_low} and {cov_high}")
     centre = anchor()
 
     def clipped(stats: TokenStats, batch: Batch) -> TokenLoss:
@@ -100,8 +104,12 @@ def kl_cov(
     """KL-Cov: -A·r, plus coefficient·|log r| at the max(1, fraction·tokens) of largest covariance.
 
     verl@1dda039b compute_policy_loss_kl_cov. No clip.
+    Differs from the reference: of tokens that tie for the last of these places it penalises none,
+    and so none at all where all advantages are 0.
     """
     _check_fraction(fraction)
+    if not coefficient >= 0:
+        raise ValueError(f"coefficient must be >= 0, got {coefficient}")
     centre = anchor()
 
     def choose(stats: TokenStats, batch: Batch) -> Chosen:
@@ -115,7 +123,7 @@ def kl_cov(
     def token_loss(stats: TokenStats, batch: Batch, chosen: Chosen) -> TokenLoss:
         gap = stats.logp - centre.logps(batch).logp
         loss = -batch.advantages * surrogate_ratio(stats.logp, centre.logps(batch).logp)
-        largest = -covariance(stats, batch, chosen.means) <= chosen.threshold
+        largest = -covariance(stats, batch, chosen.means) < chosen.threshold
         # |gap| whose gradient at 0, on policy, is 0: that of jnp.abs is 1
         penalty = coefficient * jax.lax.stop_gradient(jnp.sign(gap)) * gap
         kept = jnp.ones(loss.shape, jnp.bool_)

@@ -46,6 +46,8 @@ Budget = Callable[[Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B 1"]
 
 def fixed_budget(value: float = 0.015) -> Budget:
     """The same b for every sequence: 0.015 for post-trained models, 0.002 with KL (sec. 5)."""
+    if not value >= 0:
+        raise ValueError(f"a budget must be >= 0, got {value}")
     return lambda distance, mask: jnp.full((mask.shape[0], 1), value, jnp.float32)
 
 

@@ -76,6 +76,9 @@ def with_reference_kl(
     estimates are of tokens from μ and are not reweighted.
     """
 
+    if not coefficient >= 0:
+        raise ValueError(f"coefficient must be >= 0, got {coefficient}")
+
     def term(stats: TokenStats, batch: Batch) -> Float[Array, "B T"]:
         if batch.logp_ref is None:
             raise ValueError("with_reference_kl needs Batch.logp_ref: score the reference")

@@ -52,8 +52,7 @@ def ppo_clip(
     verl (clip_ratio_c), where it is always on.
     """
     _check_clip(delta_low, delta_high)
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
+    check_dual_clip(dual_clip)
     centre = anchor()
 
     def token_loss(stats: TokenStats, batch: Batch) -> TokenLoss:
@@ -97,6 +96,12 @@ def dr_grpo(
     """
     aggregate = partial(seq_mean_token_sum_norm, horizon=horizon)
     return ppo_clip(delta_low, delta_high, dual_clip, anchor, aggregate)
+
+
+def check_dual_clip(dual_clip: float | None) -> None:
+    """Raises ValueError where c would cut off what PPO's clip keeps."""
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
 
 
 def _check_clip(delta_low: float, delta_high: float) -> None:
