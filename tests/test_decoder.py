@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dppo_jax.models.decoder import DecoderConfig, Model, full_forward
+from dppo_jax.models.decoder import DecoderConfig, Model, full_forward, response_states
 from dppo_jax.models.llama2c import read_llama2c
 from dppo_jax.records import Prompts
 from dppo_jax.sampling.generate import SamplingConfig, generate
@@ -126,6 +126,29 @@ def test_rows_of_padding_alone_stay_finite():
         return jnp.sum(logits_of(model.bind(params), jnp.asarray(tokens), jnp.asarray(mask)) ** 2)
 
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_responses_of_one_token_are_predicted_by_the_prompt(experts):
+    """With one column for responses, none of which is fed."""
+    mixture = dict(experts=experts, experts_per_token=2) if experts else {}
+    model, params = scattered(dataclasses.replace(LLAMA, **mixture))
+    tokens, mask = map(jnp.asarray, left_padded(LLAMA, [5, 2], 5))
+    answers, here = jnp.zeros((4, 1), jnp.int32), jnp.asarray([[True], [True], [True], [False]])
+
+    def states(params):
+        return response_states(model.bind(params), tokens, mask, answers, here)[0]
+
+    def last(params):
+        hidden, _ = full_forward(model.bind(params), tokens, mask)
+        return jnp.repeat(hidden[:, -1:], 2, axis=0)
+
+    for ours, theirs in zip(
+        jax.tree.leaves((states(params), jax.grad(lambda p: jnp.sum(states(p) ** 2))(params))),
+        jax.tree.leaves((last(params), jax.grad(lambda p: jnp.sum(last(p) ** 2))(params))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_remat_changes_no_gradient():

@@ -253,6 +253,8 @@ def response_states(
         asked_q, asked_k, asked_v = (t[:, None] for t in asked)
         asked_mask = prompt_mask[:, None]
         own = _attention(decoder.config, asked_q, asked_k, asked_v, asked_mask, window)
+        if not fed:  # responses of one token at most
+            return own[:, 0]
         prefix = Prefix(asked[1], asked[2], prompt_mask)
         q, k, v = (t.reshape(prompts, samples, fed, *t.shape[2:]) for t in theirs)
         theirs = _attention(decoder.config, q, k, v, fed_mask, window, prefix)
@@ -269,7 +271,8 @@ def response_states(
         decoder, tokens, positions, attend, experts, whole_mask, length + new
     )
     first = jnp.repeat(hidden[:, length - 1], samples, axis=0)
-    states = jnp.concatenate([first[:, None], hidden[:, length:].reshape(batch, fed, -1)], axis=1)
+    later = hidden[:, length:].reshape(batch, fed, hidden.shape[-1])
+    states = jnp.concatenate([first[:, None], later], axis=1)
     if native is None:
         return states, None, None
     own = native[:, length:].reshape(batch, fed, *native.shape[2:])
