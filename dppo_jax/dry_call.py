@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dppo_jax.advantages import Estimator, estimate, inputs_of
+from dppo_jax.advantages import Estimator, TokenAdvantages, estimate, inputs_of
 from dppo_jax.critic import Critic, HeadCritic
 from dppo_jax.records import EXACT, Batch, LossSum, Objective, Rollout, TokenStats
 from dppo_jax.sampling.generate import SamplingConfig
@@ -20,11 +20,13 @@ def dry_call(
     """Traces both as a step would, with what they declare that they need and no more.
 
     Raises what they raise: samples that are too few, a critic of another size, an estimator that
-    gives another shape. Nothing is compiled or computed.
+    gives another shape. Nothing is compiled or computed, but for advantages of one sample a prompt:
+    an estimator that compares a prompt's samples gives none, and the run would learn nothing.
     """
-    rows, needs = PROMPTS * sampling.samples_per_prompt, objective.needs
+    samples, needs = sampling.samples_per_prompt, objective.needs
+    rows = PROMPTS * samples
 
-    def step() -> LossSum:
+    def sampled() -> tuple[Rollout, jax.Array | None]:
         logp, ids = jnp.zeros((rows, COLUMNS)), jnp.zeros((rows, COLUMNS), jnp.int32)
         topk = jnp.zeros((rows, COLUMNS, sampling.top_k_capture))
         prompts = jnp.zeros((PROMPTS, 1), jnp.int32)
@@ -43,8 +45,16 @@ def dry_call(
             entropy_rollout=logp,
             finish_reason=ids[:, 0],
         )
-        rewards = jnp.zeros((PROMPTS, sampling.samples_per_prompt))
-        found = estimate(advantage, inputs_of(rewards, rollout, None, values))
+        return rollout, values
+
+    def estimated(rollout: Rollout, values: jax.Array | None) -> TokenAdvantages:
+        rewards = jnp.zeros((PROMPTS, samples)).at[0].set(1.0)
+        return estimate(advantage, inputs_of(rewards, rollout, None, values))
+
+    def step() -> LossSum:
+        rollout, values = sampled()
+        logp, topk = rollout.logp_rollout, rollout.topk_logp_rollout
+        found = estimated(rollout, values)
         old, exact, uniform = "logp_old" in needs, needs & EXACT, "uniform_logp" in needs
         batch = Batch(
             rollout,
@@ -70,3 +80,8 @@ def dry_call(
         return objective.loss(stats, batch)
 
     jax.eval_shape(step)
+    if samples == 1 and not estimated(*sampled()).advantages.any():
+        raise ValueError(
+            "the advantage estimator gives nothing to a prompt's only sample: set "
+            "samples_per_prompt to 2 or more, or take another, as advantages.reinforce_plus_plus"
+        )

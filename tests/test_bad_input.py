@@ -44,6 +44,8 @@ RECIPES = [
     ("the mean of minus infinity", ["--gin.train.train.objective=@objectives.rover()",
                                     "--gin.generate.SamplingConfig.min_p=0.1"],
      "mean log-probability over the vocabulary, which is -inf"),
+    ("one sample that is its own mean", ["--gin.SAMPLES_PER_PROMPT=1"],
+     "set samples_per_prompt to 2 or more"),
     ("one sample to compare", ["--gin.train.train.objective=@objectives.rebel()",
                                "--gin.SAMPLES_PER_PROMPT=1"], "samples_per_prompt to 2 or more"),
     ("more kept than recorded", ["--gin.generate.SamplingConfig.top_k=30"],

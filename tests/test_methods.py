@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +83,13 @@ def test_a_dry_call_tells_what_would_be_refused(tiny):
     ):
         with pytest.raises(ValueError, match=message):
             dry_call(objective, advantage, critic, sampling)
+    alone = replace(sampling, samples_per_prompt=1)
+    for advantage in (advantages.group_mean_baseline, advantages.max_rl):
+        with pytest.raises(ValueError, match="nothing to a prompt's only sample: set samples_per"):
+            dry_call(objectives.grpo(), advantage, None, alone)
+    keeping = partial(advantages.group_mean_baseline, keep_single=True)
+    for advantage in (keeping, advantages.reinforce_plus_plus):
+        dry_call(objectives.grpo(), advantage, None, alone)
 
 
 def test_dppo_methods(dppo):
