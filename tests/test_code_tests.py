@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+import time
 
 import pytest
 
@@ -120,6 +121,34 @@ def test_files_are_written_in_its_own_folder_alone(tmp_path):
     expected = {"inputs": [""], "outputs": [str([errno.EROFS] * 2)]}
     assert judged(WRITER.format(path=str(file)), expected).reason == "passed 1 of 1 tests"
     assert file.read_text() == "as it was"
+
+
+LINKER = """
+import os
+answer = int(input()) * 2
+for name in os.listdir("."):
+    os.unlink(name)
+    {instead}
+print(answer)
+"""
+
+
+@pytest.mark.parametrize("instead", ["os.symlink({path!r}, name)", "os.mkfifo(name)", "pass"])
+def test_what_a_program_leaves_in_the_place_of_its_files_is_not_opened(instead, tmp_path):
+    file = tmp_path / "kept"
+    file.write_text("as it was")
+    verdict = judged(LINKER.format(instead=instead.format(path=str(file))))
+    assert verdict.reason == "passed 2 of 2 tests"
+    assert file.read_text() == "as it was"
+
+
+def test_there_are_not_more_processes_than_the_limit_even_for_root():
+    start = "import os, time\nfor _ in range(200):\n  if not os.fork(): time.sleep(1000)"
+    test = {"inputs": [""], "outputs": [""]}
+    began = time.monotonic()
+    verdict = judged(start + "\nprint('all')\ntime.sleep(1000)", test, seconds=10.0)
+    assert verdict.score == 0 and time.monotonic() - began < 30
+    assert "ended with status 1" in verdict.reason or "out of memory" in verdict.reason
 
 
 def test_in_the_pool():

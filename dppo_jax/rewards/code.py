@@ -70,20 +70,19 @@ def code_tests(
     }
     passed, why = 0, ""
     end = time.monotonic() + total_seconds
-    with tempfile.TemporaryDirectory(prefix="code-tests-") as folder:
-        for number, (given, expected, statements) in enumerate(tests, start=1):
-            wall = min(5 * seconds, end - time.monotonic())
-            nonce = secrets.token_hex(8)
-            ending = "".join(f"\n{s}" for s in statements) + (
-                f"\nprint({nonce!r}, flush=True)\n" if statements else "\n"
-            )
-            run = _run(program + ending, given, limits, wall, Path(folder))
-            fine = _passes(run, nonce if statements else None, expected)
-            passed += fine
-            if not fine:
-                why = why or f"test {number} of {len(tests)}: {_why(run, seconds, expected)}"
-                if not partial or time.monotonic() >= end:
-                    break
+    for number, (given, expected, statements) in enumerate(tests, start=1):
+        wall = min(5 * seconds, end - time.monotonic())
+        nonce = secrets.token_hex(8)
+        ending = "".join(f"\n{s}" for s in statements) + (
+            f"\nprint({nonce!r}, flush=True)\n" if statements else "\n"
+        )
+        run = _run(program + ending, given, limits, wall)
+        fine = _passes(run, nonce if statements else None, expected)
+        passed += fine
+        if not fine:
+            why = why or f"test {number} of {len(tests)}: {_why(run, seconds, expected)}"
+            if not partial or time.monotonic() >= end:
+                break
     score = passed / len(tests) if partial else float(passed == len(tests))
     return Verdict(score, _short(program), why or f"passed {passed} of {len(tests)} tests")
 
@@ -107,13 +106,23 @@ def _tests(example: Example) -> list[tuple[str, str, Sequence[str]]]:
     return [(str(given), str(wanted), ()) for given, wanted in zip(inputs, outputs, strict=True)]
 
 
-def _run(source: str, given: str, limits: dict, wall: float, folder: Path) -> _Run:
+def _run(source: str, given: str, limits: dict, wall: float) -> _Run:
+    """Runs a program in a folder of its own, made anew: what it leaves there is never opened.
+
+    A program may put a link to any file, or a pipe, in the place of each file that it finds. So
+    its input and output have no names.
+    """
     if wall <= 0:
         return _Run(1, "", True)
-    program, output, standard_input = (folder / name for name in ("program.py", "out", "in"))
-    program.write_text(source, encoding="utf-8", errors="replace")
-    standard_input.write_text(given, encoding="utf-8", errors="replace")
-    with output.open("wb") as out, standard_input.open("rb") as stdin:
+    with (
+        tempfile.TemporaryDirectory(prefix="code-tests-") as folder,
+        tempfile.TemporaryFile() as stdin,
+        tempfile.TemporaryFile() as out,
+    ):
+        program = Path(folder, "program.py")
+        program.write_text(source, encoding="utf-8", errors="replace")
+        stdin.write(given.encode("utf-8", "replace"))
+        stdin.seek(0)
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", sandbox.__file__, json.dumps(limits), str(program)],
             stdin=stdin,
@@ -130,13 +139,13 @@ def _run(source: str, given: str, limits: dict, wall: float, folder: Path) -> _R
             except ProcessLookupError:
                 pass
             process.wait()
-    if process.returncode == sandbox.NO_NAMESPACE:
-        raise PermissionError(
-            "this system allows no network namespace, so nothing was run: "
-            "code_tests.require_isolation=False runs without"
-        )
-    with output.open("rb") as file:
-        text = file.read(limits["output_kb"] * 1024 + 1).decode("utf-8", "replace")
+        if process.returncode == sandbox.NO_NAMESPACE:
+            raise PermissionError(
+                "this system allows no network namespace, so nothing was run: "
+                "code_tests.require_isolation=False runs without"
+            )
+        out.seek(0)
+        text = out.read(limits["output_kb"] * 1024 + 1).decode("utf-8", "replace")
     return _Run(process.returncode, text, late)
 
 

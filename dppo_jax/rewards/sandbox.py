@@ -22,6 +22,7 @@ _NEW_NS = 0x00020000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000  # the call's number everywhere
 _PR_SET_PDEATHSIG = 1
+_PROCESSES = 64
 
 
 def main() -> None:
@@ -33,15 +34,40 @@ def main() -> None:
         os._exit(NO_NAMESPACE)
     if not library.unshare(_NEW_NS):
         _write_only_in(os.path.dirname(program), library)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # `_watched` waits for it
     child = os.fork()  # only a child is in the new process namespace: its first process
     if child == 0:
         library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         _limit(limits)
         os.chdir(os.path.dirname(program))
         environment = {"PATH": "/usr/bin:/bin", "HOME": os.getcwd(), "LANG": "C.UTF-8"}
         os.execve(sys.executable, [sys.executable, "-I", "-S", "-B", program], environment)
-    _, status = os.waitpid(child, 0)
+    status = _watched(child)
     os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
+
+
+def _watched(child: int) -> int:
+    """The child's exit status; killed, with all that it started, where those are too many.
+
+    The kernel's own limit on processes does not hold for root.
+    """
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        if _family(child) > _PROCESSES:
+            os.kill(child, signal.SIGKILL)
+        signal.sigtimedwait([signal.SIGCHLD], 0.05)
+
+
+def _family(pid: int) -> int:
+    """A process and those below it; 1 where the kernel does not list them."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return 1 + sum(_family(int(child)) for child in file.read().split())
+    except OSError:
+        return 1
 
 
 def _write_only_in(folder: str, library: ctypes.CDLL) -> None:
@@ -60,7 +86,7 @@ def _limit(limits: dict) -> None:
         (resource.RLIMIT_CPU, limits["seconds"]),
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, output),
-        (resource.RLIMIT_NPROC, 64),
+        (resource.RLIMIT_NPROC, _PROCESSES),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
