@@ -171,6 +171,17 @@ def test_temperature_zero_takes_the_first_of_the_most_likely(filters):
         np.testing.assert_allclose(out.logp, jax.nn.log_softmax(logits)[:, 1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1e-8, 1e-20, 1e-37])
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_temperature_near_zero_takes_the_most_likely(temperature, rows):
+    """Quotients of 1e30 and more have no neighbours, so that a rounded one may be far from all."""
+    logits = 3 * jax.random.normal(jax.random.key(0), (64, 37))
+    asked = jnp.full((64,), temperature) if rows else temperature
+    out = jax.jit(lambda x: draw(x, numbers(jax.random.key(3), 64), asked, 5))(logits)
+    np.testing.assert_array_equal(out.token, logits.argmax(1))
+    np.testing.assert_array_equal(out.logp, 0)
+
+
 def test_greedy_rows_under_a_soft_cap_take_the_largest():
     """At these sizes XLA fuses the cap into every reader, so that no difference to the largest need
     be 0: an earlier head, which looked for one, gave ids outside the vocabulary here."""

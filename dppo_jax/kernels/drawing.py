@@ -148,15 +148,17 @@ def draw(
     columns = columns or Columns(logits.shape[1])
     asked = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), len(logits))
     greedy = asked == 0
-    z = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, asked)[:, None]
+    logits = logits.astype(jnp.float32)
+    # The difference first: 0 at the largest whatever the temperature, where that of two quotients,
+    # fused, may be far below 0 everywhere.
+    below = logits - columns.max(jnp.max(logits, axis=1))[:, None]
+    below = below / jnp.where(greedy, 1.0, asked)[:, None]
     if isinstance(filters, RowFilters) or filters.on:
-        least = threshold(z, filters, columns=columns)
-        z = jnp.where(z >= least[:, None], z, -jnp.inf)
+        least = threshold(below, filters, columns=columns)
+        below = jnp.where(below >= least[:, None], below, -jnp.inf)
         if replay:
-            truncated = jnp.broadcast_to(filters.on, len(z))
-            z = jnp.where(truncated[:, None], capped(z, top_k_capture, columns), z)
-    largest = columns.max(jnp.max(z, axis=1))
-    below = z - largest[:, None]
+            truncated = jnp.broadcast_to(filters.on, len(below))
+            below = jnp.where(truncated[:, None], capped(below, top_k_capture, columns), below)
     e = jnp.exp(below)
     total = columns.sum(jnp.sum(e, axis=1))
     log_total = jnp.log(total)
