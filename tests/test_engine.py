@@ -389,6 +389,7 @@ def test_stop_strings_end_where_they_are_complete(tiny, engine, mixed):
     [
         ([], SamplingParams(max_new_tokens=2), "no tokens"),
         ([40], SamplingParams(max_new_tokens=2), "outside the vocabulary of 37"),
+        ([2**31], SamplingParams(max_new_tokens=2), "outside the vocabulary of 37"),
         ([1] * 30, SamplingParams(max_new_tokens=9), "exceed the engine's max_context=32"),
         ([1], SamplingParams(max_new_tokens=2, stop_ids=(99,)), "stop_ids or logit_bias"),
         ([1], SamplingParams(max_new_tokens=2, stop_ids=tuple(range(9))), "room for 8"),
@@ -398,6 +399,50 @@ def test_a_bad_request_is_one_line_and_others_go_on(tiny, engine, prompt, sampli
     [refused], [served] = engine.generate(tiny[1], [prompt, PROMPTS[1]], [sampling, MIXED[1]])
     assert says in refused.error and "\n" not in refused.error
     check(tiny, PROMPTS[1], MIXED[1], served)
+
+
+@pytest.mark.parametrize("prompt", [3, [[1, 2], [3, 4]], [1.5], "text"], ids=str)
+def test_what_is_no_prompt_is_one_line_and_leaves_nothing(tiny, engine, prompt):
+    with pytest.raises(ValueError, match="one sequence of token ids") as error:
+        engine.generate(tiny[1], [PROMPTS[0], np.array(prompt)], MIXED[0])
+    assert "\n" not in str(error.value) and emptied(engine)
+
+
+def unchecked(**fields) -> SamplingParams:
+    """Not made by its own method, which the tests' type checks stop first."""
+    params = object.__new__(SamplingParams)
+    params.__dict__.update(dataclasses.asdict(SamplingParams(max_new_tokens=8)) | fields)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (dict(seed=1.5), "seed=1.5 must be a whole number"),
+        (dict(n=2.0), "n=2.0 must be a whole number"),
+        (dict(temperature=None), "temperature=None must be a number"),
+        (dict(stop_strings="end"), "stop_strings='end': give a sequence of strings"),
+        (dict(stop_ids=3), "stop_ids=3: give a sequence"),
+        (dict(logit_bias={3: 1.0}), "give pairs of a token id"),
+        (dict(logit_bias=((3, 1e39),)), "finite number, within 1e38"),
+        (dict(repetition_penalty=1e39), "must be positive, within 1e30"),
+    ],
+)
+def test_parameters_that_mean_nothing_are_one_line(wrong, says):
+    with pytest.raises(ValueError, match=says) as error:
+        unchecked(**wrong).__post_init__()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seed", [5, -5, 2**63 + 7], ids=str)
+def test_numbers_of_numpy_are_those_numbers(tiny, engine, seed):
+    own = np.uint64(seed) if seed >= 2**63 else np.int64(seed)
+    prompts = PROMPTS[0], np.array(PROMPTS[0], np.uint16)
+    [[one]], [[other]] = (
+        engine.generate(tiny[1], [prompt], unchecked(seed=each))
+        for prompt, each in zip(prompts, (seed, own), strict=True)
+    )
+    assert one.tokens.tolist() == other.tokens.tolist()
 
 
 @pytest.mark.parametrize(

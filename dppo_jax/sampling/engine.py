@@ -29,6 +29,7 @@ from dppo_jax.sampling.sequences import (
     Unfinished,
     no_tokens,
     refusal,
+    token_ids,
 )
 
 Prompt = Sequence[int] | np.ndarray  # token ids
@@ -159,8 +160,8 @@ class Engine:
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, {len(each)} sampling parameters")
         done: dict[tuple[int, int], Completion] = {}
-        ids = [self.submit(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
         try:
+            ids = [self.submit(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
             while self.pending:
                 for event in self.advance(params, policy_version=policy_version):
                     if event.completion is not None:
@@ -205,7 +206,7 @@ class Engine:
 
     def _request(self, prompt: Prompt, sampling: SamplingParams) -> Request:
         self._requests += 1
-        return Request(self._requests, np.asarray(prompt, np.int32).reshape(-1), sampling)
+        return Request(self._requests, token_ids(prompt), sampling)
 
     def _why_not(self, request: Request) -> str | None:
         if request.sampling.stop_strings and self.detokenize is None:

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -35,6 +37,7 @@ class SamplingParams:
     seed: int = 0  # same seed, same tokens, whatever the batch is shared with
 
     def __post_init__(self):
+        self._check_kinds()
         if self.max_new_tokens < 1 or self.n < 1:
             raise ValueError("max_new_tokens and n must be at least 1")
         if not self.temperature >= 0 or math.isinf(self.temperature):
@@ -44,10 +47,15 @@ class SamplingParams:
                 f"top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: "
                 "top_k is 0 (off) or more, top_p within (0, 1], min_p within [0, 1)"
             )
-        if not self.repetition_penalty > 0 or math.isinf(self.repetition_penalty):
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
-        if not all(math.isfinite(bias) for _, bias in self.logit_bias):
-            raise ValueError(f"logit_bias={self.logit_bias}: every bias must be a finite number")
+        # Beyond these a logit may be infinite in float32.
+        if not 1e-30 < self.repetition_penalty < 1e30:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be positive, within 1e30"
+            )
+        if not all(abs(bias) < 1e38 for _, bias in self.logit_bias):
+            raise ValueError(
+                f"logit_bias={self.logit_bias}: every bias must be a finite number, within 1e38"
+            )
         if "" in self.stop_strings:
             raise ValueError("stop_strings holds an empty string, which every text contains")
         for text in self.stop_strings:
@@ -57,6 +65,27 @@ class SamplingParams:
                 raise ValueError(
                     f"stop string {text!a} is not valid UTF-8: {error.reason}"
                 ) from None
+
+    def _check_kinds(self) -> None:
+        for names, kind, what in (
+            (("max_new_tokens", "n", "top_k", "seed"), Integral, "must be a whole number"),
+            (("temperature", "top_p", "min_p", "repetition_penalty"), Real, "must be a number"),
+        ):
+            for name in names:
+                if not isinstance(getattr(self, name), kind):
+                    raise ValueError(f"{name}={getattr(self, name)!r} {what}")
+        if not _sequence_of(Integral, self.stop_ids):
+            raise ValueError(f"stop_ids={self.stop_ids!r}: give a sequence of token ids")
+        if not _sequence_of(str, self.stop_strings):  # one string is a sequence of letters
+            raise ValueError(f"stop_strings={self.stop_strings!r}: give a sequence of strings")
+        if not _sequence_of(tuple | list, self.logit_bias):
+            raise ValueError(
+                f"logit_bias={self.logit_bias!r}: give pairs of a token id and what is added"
+            )
+
+
+def _sequence_of(kind: Any, given: object) -> bool:
+    return isinstance(given, tuple | list) and all(isinstance(one, kind) for one in given)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def row_of(params: SamplingParams, sample: int, *, biases: int = 0) -> RowSampli
             f"logit_bias names {len(given)} tokens, and there is room for {biases}: "
             "name fewer, or give the engine more room"
         )
-    seed = params.seed % 2**64
+    seed = int(params.seed) % 2**64  # numpy's own integers have no room for 2**64
     ids = [token for token, _ in given] + [-1] * (biases - len(given))
     bias = [value for _, value in given] + [0.0] * (biases - len(given))
     numbers: dict[str, Any] = dict(

@@ -64,6 +64,20 @@ class Unfinished:
     prompt_experts: Int[np.ndarray, "L layers k"] | None
 
 
+def token_ids(prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The prompt as an array; ValueError in one line where it is no sequence of whole numbers."""
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # of sequences of several lengths
+        raise ValueError("a prompt is one sequence of token ids, not several") from None
+    if ids.ndim != 1 or (len(ids) and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(
+            f"a prompt is one sequence of token ids, not {ids.dtype} numbers of shape {ids.shape}"
+        )
+    # An id beyond int32 is beyond any vocabulary too, and stays so.
+    return np.clip(ids.astype(np.int64), -1, np.iinfo(np.int32).max).astype(np.int32)
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt and its n samples."""
