@@ -101,7 +101,9 @@ def _compare(
     max_characters: int,
 ) -> Verdict:
     expected = f"expected {_shown(gold.text)}"
-    text, wanted = plain(found.text), plain(gold.text)
+    wanted = plain(gold.text)
+    # Where numbers are listed a comma is none of thousands: "100,200" answers "100, 200".
+    text = plain(found.text.replace(",", ", ") if ", " in wanted else found.text)
     if same(text, wanted):
         return Verdict(1.0, _shown(found.text), "correct: the same text")
     if _is_answer(found) and _is_answer(gold):

@@ -23,6 +23,7 @@ _SHORT_FRACTION = re.compile(r"\\frac(?:([0-9a-zA-Z])|\{([^{}]*)\})(?:([0-9a-zA-
 _SHORT_ROOT = re.compile(r"\\sqrt([0-9a-zA-Z])")
 _SLASH = re.compile(r"(-?)([0-9]+)/([0-9]+)")
 _THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+_LISTED = re.compile(r",(?:\s|\\[ ;:]|\\q?quad(?![a-zA-Z]))")  # "100, 200" is two numbers
 _NAMED = re.compile(r"[a-zA-Z](?:_\{?[0-9a-zA-Z]\}?)?=(?=[^=]+$)")
 _DECIMAL = re.compile(r"(?<![0-9.])0*([0-9]*)\.([0-9]+)(?![0-9.])")
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
@@ -45,6 +46,7 @@ def plain(answer: str) -> str:
     text = _FRACTIONS.sub(r"\\frac", _SIZES.sub("", text))
     text = _UNIT.sub("", text.strip())
     text = _TEXT.sub("{", text)
+    listed = _LISTED.search(text)
     text = _SPACES.sub("", text)
     text = re.sub(r"^\{([^{}]*)\}$", r"\1", text)
     text = _SHORT_ROOT.sub(r"\\sqrt{\1}", text)
@@ -52,7 +54,7 @@ def plain(answer: str) -> str:
         lambda m: f"\\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text
     )
     if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
+        text = text.replace(",", ", " if listed else "")
     if slash := _SLASH.fullmatch(text):
         text = f"{slash[1]}\\frac{{{slash[2]}}}{{{slash[3]}}}"
     text = _DECIMAL.sub(_decimal, text)
