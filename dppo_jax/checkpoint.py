@@ -73,7 +73,7 @@ class Checkpoints:
     ) -> tuple[TrainState, jax.Array, dict[str, Any]]:
         """The state saved at `step`, shaped and sharded as `like`, its key and its position."""
         target = _tree(like, key)
-        where = f"checkpoint {step} in {self._manager.directory}"
+        where = str(self._manager.directory / str(step))
         with _explained(where):
             _check_shapes(self._manager.item_metadata(step).state, target, where)
             restored = self._manager.restore(
@@ -139,8 +139,8 @@ def load_params(directory: Path, like: Params) -> Params:
         raise CheckpointError(f"{directory} holds no checkpoint: give a run directory")
     path = epath.Path(_folder(directory)) / str(step) / "state"
     target = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
-    with ocp.PyTreeCheckpointer() as checkpointer, _explained(str(path)):
-        _check_shapes(checkpointer.metadata(path).item_metadata, target, str(path))
+    with ocp.PyTreeCheckpointer() as checkpointer, _explained(str(path.parent)):
+        _check_shapes(checkpointer.metadata(path).item_metadata, target, str(path.parent))
         restored = checkpointer.restore(
             path,
             args=ocp.args.PyTreeRestore(
@@ -159,8 +159,15 @@ def _explained(where: str) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise CheckpointError(f"{where} cannot be read: {_first_line(error)}") from error
+    except Exception as error:
+        # A plain Exception is Orbax's around TensorStore's error, with pages of its settings.
+        wrapped = type(error) is Exception
+        if not wrapped and not isinstance(error, ValueError | KeyError | FileNotFoundError):
+            raise
+        said = _first_line(error.__cause__ if wrapped and error.__cause__ else error)
+        raise CheckpointError(
+            f"{where} cannot be read, get it back or remove it to go on from the one before: {said}"
+        ) from error
 
 
 def _check_shapes(stored: Any, target: dict[str, Any], where: str) -> None:

@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.overrides = overrides
     # Libraries below warn about what a user cannot change; our own words go through Console.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs the traceback of what it raises, too.
+    logging.getLogger("absl").setLevel(logging.ERROR if options.debug else logging.CRITICAL)
     status = 0
     try:
         if command.cluster_of(options) and SUPERVISED not in os.environ:

@@ -54,8 +54,7 @@ class JsonLines:
         """
         self.path = path = Path(os.devnull) if quiet else path
         if resume_at is not None and path.is_file():
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < resume_at]
-            path.write_text("".join(kept))
+            _drop_lines_from(path, resume_at)
         self._file = path.open("a")
 
     def write(self, **fields):
@@ -176,6 +175,24 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _whole_lines(path: Path) -> list[str]:
     """The file's lines without a last one that a crash cut off."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _drop_lines_from(path: Path, step: int) -> None:
+    """Leaves the lines of earlier steps, without a last one that a crash cut off."""
+    kept = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            try:
+                earlier = json.loads(line)["step"] < step
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: no line of a run; mend or remove it"
+                ) from error
+            if earlier:
+                kept.append(line)
+    unfinished = path.with_name(f"{path.name}.new")
+    unfinished.write_bytes(b"".join(kept))
+    unfinished.replace(path)
 
 
 def _not_finite(value) -> bool:

@@ -3,6 +3,7 @@
 prompts -> sampling -> rewards -> advantages -> scoring -> divergence, objective -> update
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -234,7 +235,8 @@ def train(
         console.say(f"{directory} holds this run, complete: nothing to do")
         return json.loads(summary_path.read_text())
     frozen = None  # the reference's parameters, where somebody asks for them
-    with jax.set_mesh(devices), Preemption() as preemption:
+    closing = contextlib.ExitStack()  # whatever ends the run: its newest checkpoint is waited for
+    with jax.set_mesh(devices), Preemption() as preemption, closing:
         if done is None:
             done = 0
             context = InitialContext(
@@ -284,15 +286,13 @@ def train(
             kept = open_answers(directory, min(done + 1, steps))
             console.say(f"resuming {directory} after step {done} of {steps}")
         frozen = frozen or base  # with LoRA by default the policy without its adapters
+        closing.callback(checkpoints.close)
         log = RunLog(directory, done, mirrors, quiet=not is_writer())
         samples = JsonLines(directory / "samples.jsonl", resume_at=done, quiet=not is_writer())
-
-        def close() -> None:
-            for file in (checkpoints, log, samples, kept):
-                file.close()
+        for file in (log, samples, kept):
+            closing.callback(file.close)
 
         if preemption.anywhere():  # during the first evaluation, or while this was read
-            close()
             raise Preempted.behind(directory, done, steps)
 
         # ---- the loop -----------------------------------------------------------------------
@@ -370,7 +370,6 @@ def train(
                 position["seconds"] = seconds_before + time.monotonic() - started
                 checkpoints.save(step + 1, state, key, position)
             if stop:
-                close()
                 raise Preempted.behind(directory, step + 1, steps)
         console.finish_line()
 
@@ -380,7 +379,6 @@ def train(
         after = evaluated.as_dict()
         masked = most_masked(jax.device_get(state.token_counts), tokenizer)
         write_files(directory, as_files(masked))
-    close()
     summary = {
         "accuracy_before": first_accuracy(before),
         "accuracy_after": first_accuracy(after),

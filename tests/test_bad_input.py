@@ -119,6 +119,13 @@ def test_the_run_of_another_configuration(dppo, toy_recipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.gin"]
 
 
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"STEPS = = 7\n"])
+def test_a_run_whose_configuration_is_damaged(dppo, toy_recipe, tmp_path, text):
+    (tmp_path / "config.gin").write_bytes(text)
+    refused = dppo("train", toy_recipe, "--workdir", tmp_path)
+    assert_refused(refused, f"{tmp_path / 'config.gin'} cannot be read (")
+
+
 @pytest.mark.parametrize("checkpoint", ["nowhere", "."])
 def test_eval_of_nothing(dppo, toy_recipe, tmp_path, checkpoint):
     refused = dppo("eval", toy_recipe, "--checkpoint", tmp_path / checkpoint, "--json")

@@ -6,6 +6,7 @@ import re
 import struct
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,26 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path):
     log = JsonLines(path, resume_at=5)
     log.write(step=1)
     log.close()
+    assert steps_in(path) == [0, 1]
+
+
+@pytest.mark.parametrize("damaged", [b"\0\0\0", b"{}", b"[1]", b"\xff", b'{"step": null}'])
+def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, damaged):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + damaged + b'\n{"step": 1}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="m.jsonl, line 2: no line of a run") as error:
+        JsonLines(path, resume_at=1)
+    assert "\n" not in str(error.value) and path.read_bytes() == before
+
+
+def test_lines_are_dropped_by_a_new_file(tmp_path, monkeypatch):
+    """Whatever stops it, a full disk or a kill, leaves the file as it was."""
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    monkeypatch.setattr(Path, "replace", lambda *_: exit(1))
+    with pytest.raises(SystemExit):
+        JsonLines(path, resume_at=1)
     assert steps_in(path) == [0, 1]
 
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from dppo_jax import cli
+from dppo_jax.checkpoint import Checkpoints, newest_step
 
 STEPS = 4
 PER_STEP = {
@@ -160,6 +161,25 @@ def test_sigterm_before_the_first_step(dppo, run, toy_recipe, tmp_path, in_warm_
     assert (stopped / "checkpoints" / "0").is_dir() and not lines(stopped / "metrics.jsonl")
     assert dppo("train", recipe, "--workdir", stopped).status == 0
     assert numbers(stopped) == numbers(run)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(KeyboardInterrupt(), "interrupted"), (OSError(28, "full"), "full")]
+)
+def test_what_is_being_saved_when_a_run_ends_is_saved(
+    dppo, toy_recipe, tmp_path, monkeypatch, error, message
+):
+    save = Checkpoints.save
+
+    def failing(self, step, *rest):
+        save(self, step, *rest)  # which goes on in threads
+        if step:
+            raise error
+
+    monkeypatch.setattr(Checkpoints, "save", failing)
+    done = dppo("train", toy_recipe, "--workdir", tmp_path / "run")
+    assert done.status == 1 and message in done.err and done.err.count("\n") == 1
+    assert newest_step(tmp_path / "run") == 2
 
 
 def test_the_operative_configuration_repeats_the_run(dppo, run, tmp_path):

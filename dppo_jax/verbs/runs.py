@@ -134,12 +134,19 @@ def _refuse_other_run(recipe: Any, workdir: Path) -> None:
     from dppo_jax.config import difference
 
     asked = workdir / "config.gin"
-    if asked.exists() and (changed := difference(recipe.config_text(), asked.read_text())):
+    try:
+        stored = asked.read_text() if asked.exists() else None
+        changed = stored is not None and difference(recipe.config_text(), stored)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{asked} cannot be read ({error}): get it back, or choose another --workdir"
+        ) from error
+    if changed:
         raise ValueError(
             f"{workdir} holds a run of another configuration: {changed}; "
             "choose another --workdir or undo the change"
         )
-    if workdir.exists() and not asked.exists() and any(workdir.iterdir()):
+    if workdir.exists() and stored is None and any(workdir.iterdir()):
         raise ValueError(f"{workdir} is not empty and holds no run: choose another --workdir")
 
 
