@@ -192,5 +192,5 @@ def _check_shapes(stored: Any, target: dict[str, Any], where: str) -> None:
             )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

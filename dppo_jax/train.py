@@ -55,6 +55,7 @@ from dppo_jax.records import Objective, TrainState
 from dppo_jax.reward_model import RewardModel, Scorer
 from dppo_jax.rewards.verdicts import Verifier, check_examples
 from dppo_jax.rollout_policy import RolloutPolicy, chained, chooser, current, stale
+from dppo_jax.run_directory import claim
 from dppo_jax.sampling.generate import SamplingConfig
 from dppo_jax.sampling.rollouts import Lockstep, MakeRollouts, RolloutContext
 from dppo_jax.sharding import MeshConfig
@@ -238,7 +239,7 @@ def train(
     closing = contextlib.ExitStack()  # whatever ends the run: its newest checkpoint is waited for
     with jax.set_mesh(devices), Preemption() as preemption, closing:
         if done is None:
-            done = 0
+            done, seconds_before = 0, 0.0
             context = InitialContext(
                 network,
                 devices,
@@ -260,7 +261,7 @@ def train(
                 "before": before,
                 "seconds": time.monotonic() - started,
             }
-            seconds_before = 0.0
+            closing.enter_context(claim(directory))
             kept_base = lora_run.keep(directory, network, base, hf_folder(initial_policy))
             write_files(directory, kept_base | dict(configuration or {}))
             kept = open_answers(directory, 0)
@@ -272,6 +273,7 @@ def train(
             checkpoints = Checkpoints(directory / "checkpoints")
             checkpoints.save(0, state, key, position)
         else:
+            closing.enter_context(claim(directory))
             params, base = lora_run.begin_again(directory, network, key, devices)
             like = fresh_state(params, base)
             checkpoints = Checkpoints(directory / "checkpoints")

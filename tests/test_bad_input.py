@@ -119,6 +119,12 @@ def test_the_run_of_another_configuration(dppo, toy_recipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.gin"]
 
 
+@pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run"])
+def test_a_directory_that_cannot_be_written(dppo, toy_recipe, place):
+    """Before a policy is made, which may take long."""
+    assert_refused(dppo("train", toy_recipe, "--workdir", place), f"{place} cannot be written")
+
+
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"STEPS = = 7\n"])
 def test_a_run_whose_configuration_is_damaged(dppo, toy_recipe, tmp_path, text):
     (tmp_path / "config.gin").write_bytes(text)

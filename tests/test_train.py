@@ -11,6 +11,7 @@ import pytest
 
 from dppo_jax import cli
 from dppo_jax.checkpoint import Checkpoints, newest_step
+from dppo_jax.run_directory import claim
 
 STEPS = 4
 PER_STEP = {
@@ -180,6 +181,20 @@ def test_what_is_being_saved_when_a_run_ends_is_saved(
     done = dppo("train", toy_recipe, "--workdir", tmp_path / "run")
     assert done.status == 1 and message in done.err and done.err.count("\n") == 1
     assert newest_step(tmp_path / "run") == 2
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_one_process_a_run_directory(dppo, run, toy_recipe, tmp_path, begun):
+    workdir = tmp_path / "run"
+    if begun:
+        shutil.copytree(run, workdir)
+        (workdir / "summary.json").unlink()
+    with claim(workdir):
+        before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+        refused = dppo("train", toy_recipe, "--workdir", workdir)
+        assert refused.status == 2 and f"{workdir}: another process trains there" in refused.err
+        assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+    assert dppo("train", toy_recipe, "--workdir", workdir).status == 0
 
 
 def test_the_operative_configuration_repeats_the_run(dppo, run, tmp_path):

@@ -130,8 +130,9 @@ def _check_configuration(text: str) -> None:
 
 
 def _refuse_other_run(recipe: Any, workdir: Path) -> None:
-    """Raises ValueError where a directory holds a run of another configuration, or no run."""
+    """Raises ValueError where a directory holds another run, or none, or cannot be written."""
     from dppo_jax.config import difference
+    from dppo_jax.run_directory import check_writable
 
     asked = workdir / "config.gin"
     try:
@@ -148,6 +149,7 @@ def _refuse_other_run(recipe: Any, workdir: Path) -> None:
         )
     if workdir.exists() and stored is None and any(workdir.iterdir()):
         raise ValueError(f"{workdir} is not empty and holds no run: choose another --workdir")
+    check_writable(workdir)
 
 
 def _run(recipe: Any, workdir: Path, console: Any) -> dict[str, Any]:
