@@ -5,7 +5,9 @@ from pathlib import Path
 
 from dppo_jax.recipe_checks import ConfigError
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
+# An installed package that is no checkout has `configs` inside.
+_REPOSITORY = next((p for p in (_PACKAGE.parent, _PACKAGE) if (p / "configs").is_dir()), _PACKAGE)
 
 
 def find_recipe(path: Path) -> Path:

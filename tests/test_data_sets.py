@@ -190,6 +190,13 @@ def test_your_own_file_in_every_format(tmp_path, ending):
             b'{"q": "Q", "meta": {"gold": null}}',
             "1 of 1 problems have no answer.*train-1",
         ),
+        (
+            "m.jsonl",
+            b'{"q": "Q", "meta": {"gold": NaN}}',
+            "1 of 1 problems have no answer.*train-1",
+        ),
+        ("m.jsonl", b'{"q": "\\ud800", "meta": {"gold": 1}}', "line 1: field 'q' is no Unicode"),
+        ("m.jsonl", b'{"q": "Q", "meta": {"gold": "\\ud800"}}', "line 1: .*gold' is no Unicode"),
         ("m.json", b'{"q": 1}', "a JSON dict, not a list"),
         ("m.json", b"[1]", "row 1: a JSON int"),
         ("m.json", b"[]", "holds no rows"),
@@ -223,6 +230,7 @@ def test_the_command_prepares_your_own_rows(dppo, tmp_path):
         (("My-Set", *flags, "--answer-field", "meta.gold"), "'My-Set' is no name"),
         (("amc", "--answer-field", "a"), "give --jsonl FILE"),
         (("mine",), "no data set is called 'mine'"),
+        (("new", *flags, "--answer-field", "meta.gold", "--split", "a/b"), "--split 'a/b': a name"),
     ]:
         done = dppo("data", "prepare", *arguments)
         assert done.status == 2 and message in done.err

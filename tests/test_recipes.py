@@ -1,6 +1,10 @@
 """Every file that ships under configs/ and every promise of the README that can be executed."""
 
 import re
+import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -33,6 +37,27 @@ def test_recipes_load_and_say_what_they_are(path):
     assert "train.train.steps" in asked and "train.train.objective" in asked
     header = path.read_text().split("from __gin__")[0]
     assert f"dppo train configs/recipes/{path.name}" in header
+
+
+def test_an_installed_package_has_the_recipes(tmp_path):
+    """As a wheel holds it: links followed, and what is no code by pyproject.toml's patterns."""
+    patterns = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for file in (REPOSITORY / "dppo_jax").glob("**/*.py"):
+        copy = tmp_path / "site" / file.relative_to(REPOSITORY)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    for pattern in patterns["package-data"]["*"]:
+        for file in CONFIGS.rglob(pattern):
+            copy = tmp_path / "site" / "dppo_jax" / "configs" / file.relative_to(CONFIGS)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+    assert (REPOSITORY / "dppo_jax" / "configs").resolve() == CONFIGS
+    done = subprocess.run(
+        [sys.executable, "-m", "dppo_jax", "train", "configs/recipes/arithmetic_cpu.gin",
+         "--over", "configs/algorithms/grpo.gin", "--gin.SETPS=1"],
+        cwd=tmp_path / "site", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "did you mean STEPS" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=names(RECIPES))

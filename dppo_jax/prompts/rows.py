@@ -30,18 +30,28 @@ class Row(NamedTuple):
             raise self.error(
                 f"field {field!r} is {value!r}; it must be a non-empty string{self._has()}"
             )
-        return value
+        return self._encodable(field, value)
 
     def plain(self, field: str) -> str:
-        """The field as text: a whole number loses its .0; "" where it is null or blank."""
+        """The field as text: a whole number loses its .0; "" where it is null, NaN or blank."""
         value = self.value(field)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if value is None or isinstance(value, str):
-            return (value or "").strip()
+        if value is None or value != value:  # NaN, by which tables leave a number out
+            return ""
+        if isinstance(value, str):
+            return self._encodable(field, value).strip()
         if isinstance(value, int | float):
             return str(value)
         raise self.error(f"field {field!r} is a {type(value).__name__}, not text or a number")
+
+    def _encodable(self, field: str, text: str) -> str:
+        """The text, unless it holds half of a character, which JSON can spell and UTF-8 cannot."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise self.error(f"field {field!r} is no Unicode text ({error.reason})") from error
+        return text
 
     def value(self, field: str) -> Any:
         """The field; dots lead into objects and lists, as in `prompt.0.content`."""

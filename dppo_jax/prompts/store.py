@@ -87,6 +87,8 @@ def prepare_own(
     if name in NAMES or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         problem = "is a set of the project" if name in NAMES else "is no name for a data set"
         raise ValueError(f"{name!r} {problem}; choose a name of a-z, 0-9 and _ that is not taken")
+    if split is not None and not re.fullmatch(r"[a-z][a-z0-9_]*", split):
+        raise ValueError(f"--split {split!r}: a name of a-z, 0-9 and _, as train or test")
     return _store(name, data_dir, read_own(name, Path(source), fields, split, unfit))
 
 

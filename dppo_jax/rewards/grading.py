@@ -48,7 +48,7 @@ def verifier_named(name: str) -> Verifier:
             raise ValueError(
                 f"no verifier {name!r}"
                 + (f"; did you mean {near[0]}?" if near else "")
-                + f" There are {', '.join(VERIFIERS)}, and module.function of your own"
+                + f"; there are {', '.join(VERIFIERS)}, and module.function of your own"
             )
         module, function = f"dppo_jax.rewards.{VERIFIERS[name]}", name
     if os.getcwd() not in sys.path:
@@ -97,6 +97,9 @@ def grade_file(
     agrees is counted. A share of more than `max_failed` of rows at which the verifier raises, as it
     does at gold answers that are unfit, is an error.
     """
+    if not 0 <= max_failed <= 1:
+        raise ValueError(f"--max-failed {max_failed:g}: a share of rows, from 0 to 1")
+    _check_settings(verifier, settings_from or {})
     rows = list(read_rows(path))
     examples = [Example(f"{row.place}", "", _text(row, gold_field), "") for row in rows]
     responses = [_text(row, pred_field) for row in rows]
@@ -221,7 +224,7 @@ def _check_settings(verifier: Verifier, settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"the verifier has no parameter {name!r}"
                 + (f"; did you mean {near[0]}?" if near else "")
-                + f" It has {', '.join(known) or 'none'}"
+                + f"; it has {', '.join(known) or 'none'}"
             )
 
 
