@@ -20,6 +20,10 @@ def adamw(
     The rate rises linearly over `warmup_steps` gradient steps, then stays (decay_steps None) or
     falls as a cosine to final_fraction · learning_rate at gradient step `decay_steps`.
     """
+    if learning_rate < 0 or warmup_steps < 0:
+        raise ValueError(
+            f"learning_rate={learning_rate}, warmup_steps={warmup_steps}: neither is negative"
+        )
     if not clip_norm > 0:
         raise ValueError(f"clip_norm={clip_norm} must be positive; 1e9 clips nothing")
     if decay_steps is None:

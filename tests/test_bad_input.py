@@ -22,6 +22,7 @@ RECIPES = [
     ("wrong type", ["--gin.STEPS='ten'"], "wants int, not str"),
     ("wrong literal", ["--gin.train.train.too_long='skip'"], "'drop'"),
     ("a list for a number", ["--gin.LEARNING_RATE=[1e-3]"], "wants float, not list"),
+    ("uphill", ["--gin.LEARNING_RATE=-1.0"], "learning_rate=-1.0, warmup_steps=20: neither is neg"),
     ("no value", ["--gin.STEPS"], "--gin.NAME=VALUE"),
     ("required", ["--gin.STEPS=%gin.REQUIRED"], "required"),
     ("no such objective", ["--gin.train.train.objective=@objectives.dppo()"], "required"),
