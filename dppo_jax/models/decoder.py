@@ -228,7 +228,6 @@ def response_states(
     go through the layers once for its G responses, each of which attends to them. A row of
     activations is a prompt followed by its responses, so that rows stay whole on the devices that
     hold them. A response's last token is predicted and predicts nothing.
-    Where the mesh splits columns: `_split_response_states`.
     """
     if sequence_shards() > 1:
         return _split_response_states(
@@ -247,12 +246,10 @@ def response_states(
         attended = _by_kernel(decoder.config, q, k, v, whole_mask, columns, window)
         if attended is not None:
             return attended
-
         # The transpose of a split is a concatenation, that of slices a sum of padded arrays.
         asked, theirs = zip(*(jnp.split(t, [length], axis=1) for t in (q, k, v)), strict=True)
         asked_q, asked_k, asked_v = (t[:, None] for t in asked)
-        asked_mask = prompt_mask[:, None]
-        own = _attention(decoder.config, asked_q, asked_k, asked_v, asked_mask, window)
+        own = _attention(decoder.config, asked_q, asked_k, asked_v, prompt_mask[:, None], window)
         if not fed:  # responses of one token at most
             return own[:, 0]
         prefix = Prefix(asked[1], asked[2], prompt_mask)
