@@ -40,6 +40,27 @@ def check_sizes(
     )  # fmt: skip
 
 
+def check_counts(
+    seed: int,
+    eval_every: int,
+    checkpoint_every: int,
+    exact_divergence_every: int,
+    samples_logged: int,
+) -> None:
+    """Refuses numbers that are none of their kind."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: take one of 0 to {2**32 - 1}")
+    counts = dict(
+        eval_every=eval_every,
+        checkpoint_every=checkpoint_every,
+        exact_divergence_every=exact_divergence_every,
+        samples_logged=samples_logged,
+    )
+    for name, count in counts.items():
+        if count < 0:
+            raise ValueError(f"{name}={count} must not be negative: 0 is never")
+
+
 def check_layout(
     model: DecoderConfig,
     sampling: SamplingConfig,

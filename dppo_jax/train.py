@@ -46,7 +46,7 @@ from dppo_jax.models.fused_attention import described
 from dppo_jax.models.lora import LoraConfig
 from dppo_jax.multihost import is_writer, row_share
 from dppo_jax.partial_rollouts import PartialCollector, PartialRollouts, check_partial
-from dppo_jax.preflight import check_needs, check_routing, check_sizes, write_files
+from dppo_jax.preflight import check_counts, check_needs, check_routing, check_sizes, write_files
 from dppo_jax.prompts.mixture import Curriculum, Dataset, load_train
 from dppo_jax.prompts.overlap import OnOverlap, check_overlap
 from dppo_jax.prompts.pipeline import PromptIterator, TooLong
@@ -153,6 +153,7 @@ def train(
         model, tokenizer, sampling, devices, steps, prompts_per_step, minibatches, microbatches,
         max_prompt_tokens, rollout_batches,
     )  # fmt: skip
+    check_counts(seed, eval_every, checkpoint_every, exact_divergence_every, samples_logged)
     check_needs(needs, objective, advantage, valued, tokenizer, devices, sampling)
     check_routing(model, routing)
     recording = dataclasses.replace(sampling, record_experts=routing == "replay")
