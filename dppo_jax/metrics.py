@@ -5,7 +5,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -169,30 +169,30 @@ def _installed(module: str, extra: str) -> Any:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of such a file, which its run may still be writing."""
-    return [json.loads(line) for line in _whole_lines(path)]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The file's lines without a last one that a crash cut off."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [entry for _, entry in _whole_lines(path)]
 
 
 def _drop_lines_from(path: Path, step: int) -> None:
-    """Leaves the lines of earlier steps, without a last one that a crash cut off."""
-    kept = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
-            try:
-                earlier = json.loads(line)["step"] < step
-            except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: no line of a run; mend or remove it"
-                ) from error
-            if earlier:
-                kept.append(line)
+    """Leaves the lines of earlier steps; the file is replaced as a whole."""
+    kept = [line for line, entry in _whole_lines(path) if entry["step"] < step]
     unfinished = path.with_name(f"{path.name}.new")
     unfinished.write_bytes(b"".join(kept))
     unfinished.replace(path)
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line and its object, without a last one that a crash cut off."""
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            entry = json.loads(line)
+            _ = entry["step"] < 0
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: no line of a run; mend or remove it"
+            ) from error
+        yield line, entry
 
 
 def _not_finite(value) -> bool:

@@ -93,6 +93,14 @@ def test_a_run_that_goes_on(tmp_path):
     assert titles(page)[0] == "accuracy, sums"
 
 
+def test_a_damaged_line_is_named(tmp_path):
+    run = a_run(tmp_path / "a")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("garbage\n")
+    with pytest.raises(ValueError, match="metrics.jsonl, line 4: no line of a run"):
+        report.read([run])
+
+
 def test_texts_stay_texts(tmp_path):
     """Whatever a policy writes; the newest samples, and the tokens most masked."""
     run = a_run(tmp_path / "a")
