@@ -164,7 +164,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         failures += [f"{row['algorithm']}, seed {c['seed']} failed: {c['error']}" for c in failed]
         fallen = [cell["collapse_step"] for cell in cells if cell["collapse_step"] is not None]
         collapsed = f"{len(fallen)}, at {', '.join(map(str, fallen))}" if fallen else "0"
-        numbers = (_shown(row[field], form) for field, form in COLUMNS.values())
+        numbers = (shown(row[field], form) for field, form in COLUMNS.values())
         finished = f"{len(cells) - len(failed)} of {len(cells)}"
         lines.append("| " + " | ".join((row["algorithm"], finished, *numbers, collapsed)) + " |")
     return "\n".join([*lines, "", LEGEND, *failures]) + "\n"
@@ -195,7 +195,8 @@ def write(workdir: Path, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     return rows
 
 
-def _shown(value: dict[str, float | None], form: str) -> str:
+def shown(value: dict[str, float | None], form: str) -> str:
+    """An `interval` as text."""
     if value["mean"] is None:
         return "-"
     mean = format(value["mean"], form)

@@ -47,7 +47,7 @@ def check_counts(
     exact_divergence_every: int,
     samples_logged: int,
 ) -> None:
-    """Refuses numbers that are none of their kind."""
+    """Refuses seeds beyond 32 bits and negative periods and counts."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: take one of 0 to {2**32 - 1}")
     counts = dict(

@@ -5,18 +5,16 @@ from pathlib import Path
 
 from dppo_jax.recipe_checks import ConfigError
 
-_PACKAGE = Path(__file__).resolve().parent
-# An installed package that is no checkout has `configs` inside.
-_REPOSITORY = next((p for p in (_PACKAGE.parent, _PACKAGE) if (p / "configs").is_dir()), _PACKAGE)
+_PACKAGE = Path(__file__).resolve().parent  # holds `configs`, in a checkout by a link
 
 
 def find_recipe(path: Path) -> Path:
-    """A path from the current directory, or else from the top of the repository."""
-    for candidate in (path, _REPOSITORY / path):
+    """A path from the current directory, or else one of the package's."""
+    for candidate in (path, _PACKAGE / path):
         if candidate.is_file():
             return candidate.resolve()
-    recipes = sorted((_REPOSITORY / "configs" / "recipes").glob("*.gin"))
-    names = ", ".join(str(recipe.relative_to(_REPOSITORY)) for recipe in recipes)
+    recipes = sorted((_PACKAGE / "configs" / "recipes").glob("*.gin"))
+    names = ", ".join(str(recipe.relative_to(_PACKAGE)) for recipe in recipes)
     raise ConfigError(f"{path}: no such recipe; there are: {names or 'none'}")
 
 
@@ -27,7 +25,7 @@ def find_include(name: str, including: Sequence[Path], where: str) -> Path:
     include itself. `where` begins the message of the error.
     """
     folders = [folder for path in reversed(including) for folder in _up_to_configs(path.parent)]
-    for folder in [*folders, Path.cwd(), _REPOSITORY]:
+    for folder in [*folders, Path.cwd(), _PACKAGE]:
         path = (folder / name).resolve()
         if path.is_file() and path not in including:
             return path

@@ -51,7 +51,6 @@ class Run(NamedTuple):
     """What a run directory says; one that is not finished has no summary and no masked tokens."""
 
     name: str
-    directory: Path
     steps: list[dict[str, Any]]  # the lines of metrics.jsonl
     summary: Mapping[str, Any]
     bindings: Mapping[str, str]  # of config.gin
@@ -79,7 +78,6 @@ def _read(name: str, directory: Path) -> Run:
     samples = directory / "samples.jsonl"
     return Run(
         name,
-        directory,
         steps=read_lines(log),
         summary=json.loads(text("summary.json", "{}")),
         bindings=bindings(text("config.gin", ""), str(directory / "config.gin")),
@@ -109,19 +107,20 @@ def page(runs: Sequence[Run]) -> str:
 def _outcomes(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
-        cell = ablate.Cell(run.name, "", run.summary.get("seed", 0), run.directory)
-        found, summary = ablate.outcome(cell, None), run.summary
+        summary = run.summary
+        rewards = [reward for reward in _curve(run, "reward/mean") if math.isfinite(reward)]
+        collapse = ablate.collapse_step(rewards)
         rows.append(
-            {"run": run.name, "steps": f"{found.steps}" + ("" if summary else ", not finished")}
+            {"run": run.name, "steps": f"{len(run.steps)}" + ("" if summary else ", not finished")}
             | {
                 f"{name}, {when}": _with_interval(each)
                 for when in ("before", "after")
                 for name, each in summary.get(when, {}).items()
             }
             | {
-                f"reward, last {ablate.LAST} steps": _number(found.reward_last),
-                "best reward": _number(found.reward_best),
-                "collapsed at": "" if found.collapse_step is None else str(found.collapse_step),
+                f"reward, last {ablate.LAST} steps": _number(_mean_of_last(run, "reward/mean")),
+                "best reward": _number(max(rewards, default=None)),
+                "collapsed at": "" if collapse is None else str(collapse),
                 "time": duration(summary["wall_seconds"]) if summary else "",
                 "devices": summary.get("devices", ""),
             }
@@ -131,8 +130,8 @@ def _outcomes(runs: Sequence[Run]) -> str:
 
 
 def _with_interval(evaluation: Mapping[str, Any]) -> str:
-    numbers = (evaluation[f"accuracy{end}"] for end in ("", "_low", "_high"))
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
+    ends = {"mean": "accuracy", "low": "accuracy_low", "high": "accuracy_high"}
+    return ablate.shown({end: evaluation[name] for end, name in ends.items()}, ".3f")
 
 
 def _curves(runs: Sequence[Run]) -> Iterable[str]:

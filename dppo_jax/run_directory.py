@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from dppo_jax.multihost import is_writer
@@ -22,25 +23,31 @@ def check_writable(directory: Path) -> None:
         ) from error
 
 
-def claim(directory: Path) -> contextlib.ExitStack:
-    """Makes the directory this process's own until the result is closed, or the process ends.
+@contextlib.contextmanager
+def claim(directory: Path) -> Iterator[None]:
+    """Makes the directory, and this process's own meanwhile or until the process ends.
 
     Two runs would take each other's half-written checkpoints away. A lock of the folder itself
     leaves no file behind; a file system without locks has none.
     """
-    claimed = contextlib.ExitStack()
     if not is_writer():
-        return claimed
+        yield
+        return
     directory.mkdir(parents=True, exist_ok=True)
     folder = os.open(directory, os.O_RDONLY)
-    claimed.callback(os.close, folder)
+    try:
+        _lock(folder, directory)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _lock(folder: int, directory: Path) -> None:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        claimed.close()
         raise ValueError(
             f"{directory}: another process trains there; end it, or choose another --workdir"
         ) from error
     except OSError:
         pass
-    return claimed

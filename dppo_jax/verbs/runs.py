@@ -136,7 +136,7 @@ def _refuse_other_run(recipe: Any, workdir: Path) -> None:
 
     asked = workdir / "config.gin"
     try:
-        stored = asked.read_text() if asked.exists() else None
+        stored = asked.read_text(encoding="utf-8") if asked.exists() else None
         changed = stored is not None and difference(recipe.config_text(), stored)
     except (ValueError, OSError) as error:
         raise ValueError(
