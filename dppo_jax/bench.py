@@ -19,6 +19,7 @@ from dppo_jax.objectives import dppo_binary_tv
 from dppo_jax.optimizer import adamw
 from dppo_jax.records import Batch, Prompts
 from dppo_jax.sampling.generate import SamplingConfig, generate
+from dppo_jax.sampling.layers import for_decoding
 from dppo_jax.scoring import score
 from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides, shardings_of
 from dppo_jax.update import init_state, make_update
@@ -211,10 +212,12 @@ def _seconds_of_parts(
     tokens = jax.random.randint(key, (prompts, prompt_length), 0, config.vocab_size)
     asked = jax.device_put(Prompts(tokens, jnp.ones_like(tokens, bool)), rows)
 
-    rollout = generate(model, state.params, asked, key, settings=settings)
-    sampling = seconds_of(
-        lambda: generate(model, state.params, asked, key, settings=settings), repeats
-    )
+    def drawn():
+        layers = for_decoding(state.params, model)
+        return generate(model, state.params, asked, key, settings=settings, layers=layers)
+
+    rollout = drawn()
+    sampling = seconds_of(drawn, repeats)
     scorer = jax.jit(lambda params, rollout: score(model, params, rollout, temperature=1.0))
     scoring = seconds_of(lambda: scorer(state.params, rollout), repeats)
     rewards = (rollout.response_tokens % 2).mean(axis=1).reshape(prompts, -1)

@@ -5,7 +5,7 @@ names through `constrain`. Without a mesh everything here is the identity.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -247,6 +247,29 @@ def shardings_of(logical_axes: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the axes that split batches, everything else whole."""
     return NamedSharding(mesh, spec_of(("batch",), mesh))
+
+
+def on_each_copy(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` on each device's part, where devices along `data` are all that there are.
+
+    Each has the parameters whole, and waits for no other: a loop may end earlier on one. On any
+    other mesh it is `function`: of groups of several devices, the compiler's transfers inside such
+    a loop go from group to group, and wait for ever.
+    """
+    mesh = mesh_here()
+    if mesh.empty or mesh.size == 1 or mesh.size != mesh.shape.get("data", 1):
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def rows_here(make: Callable[[int], Any], rows: int) -> Any:
+    """This device's `rows` of make(all rows), inside `on_each_copy`; elsewhere make(rows)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.manual_axes:
+        return make(rows)
+    start = rows * jax.lax.axis_index("data")
+    everywhere = make(rows * mesh.shape["data"])
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows), everywhere)
 
 
 def check_divides(

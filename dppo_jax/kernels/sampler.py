@@ -30,7 +30,7 @@ Form = Literal["plain", "streamed"]
 def sample(
     hidden: Float[Array, "B D"],
     unembedding: Float[Array, "V D"],
-    key: Array,
+    key: Array | Numbers,
     *,
     temperature: float,
     top_k_capture: int,
@@ -47,7 +47,8 @@ def sample(
     columns, several times; "streamed" never, but where filters without replay keep more than its
     candidates hold: it then draws those rows plainly. None chooses: streamed for a large vocabulary
     that a TPU has whole, plain elsewhere. `layout` lays rows and vocabulary out on the mesh that is
-    set. One key gives the same tokens in either form and on any mesh, but for rounding.
+    set. One key, or its `drawing.numbers`, gives the same tokens in either form and on any mesh,
+    but for rounding.
 
     Raises:
       ValueError: an unknown form, "streamed" where the vocabulary is split, or sizes that the mesh
@@ -78,7 +79,8 @@ def sample(
             return out.drawn  # always complete
         return _mended(out.drawn, ~out.complete, plain)
 
-    return _on(layout, local, hidden, unembedding, numbers(key, len(hidden)))
+    own = key if isinstance(key, Numbers) else numbers(key, len(hidden))
+    return _on(layout, local, hidden, unembedding, own)
 
 
 def sample_rows(

@@ -33,7 +33,7 @@ from dppo_jax.sampling.paged_cache import (
     view_of,
 )
 from dppo_jax.sampling.segments import Segments
-from dppo_jax.sharding import spec_of
+from dppo_jax.sharding import mesh_here, spec_of
 
 # Logical axes that split arrays [slots, tokens, heads, ...], [slots, heads, ...], and of slots.
 TOKENS = ("queries", None, "kv_heads")
@@ -49,7 +49,7 @@ def by_shard(function: Callable, *given: tuple, gives: tuple) -> Callable:
 
     `gives` are the axes of its result, or a tuple of those of its results.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here()
     if mesh.empty or mesh.size == 1:
         return function
 

@@ -230,7 +230,7 @@ class Engine:
         nobody = np.zeros((*chunk.drawn.token.shape, 0, 0), np.int8)
         experts = nobody if chunk.experts is None else chunk.experts
         self.stats.chunks += 1
-        self.stats.slot_steps += self.config.slots * int(chunk.steps)
+        self.stats.slot_steps += self.config.slots // len(chunk.steps) * int(chunk.steps.sum())
         events = []
         for sample in running:
             at = sample.slot

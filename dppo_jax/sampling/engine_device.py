@@ -24,7 +24,8 @@ from dppo_jax.sampling.engine_inputs import (
     reads_of,
     shape_of,
 )
-from dppo_jax.sampling.engine_programs import Chunk, Layers, Programs, Slots, empty_hidden
+from dppo_jax.sampling.engine_programs import Chunk, Programs, Slots, empty_hidden
+from dppo_jax.sampling.layers import Layers, cut_layers, one_copy
 from dppo_jax.sampling.paged_cache import empty_pages, storage_dtype
 from dppo_jax.sampling.scheduler import Round
 from dppo_jax.sampling.sequences import Sample
@@ -91,7 +92,7 @@ class EngineDevice:
         """
         if jax.default_backend() == "cpu":
             self._layers = None  # the old ones go first
-            self._layers = self._counted(engine_programs.cut_layers, params, model=self.model)
+            self._layers = one_copy(self._counted(cut_layers, params, model=self.model))
 
     def warm_up(self, params: Params) -> None:
         """Compiles every program but those with a repetition penalty."""

@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.kernels.drawing import Drawn
 from dppo_jax.kernels.rows import RowSampling, row_numbers
 from dppo_jax.kernels.sampler import sample_rows
 from dppo_jax.models.attention import Prefix, attention
-from dppo_jax.models.block import Block
 from dppo_jax.models.config import DecoderConfig
-from dppo_jax.models.decoder import Decoder, Model, Params, rope_tables
+from dppo_jax.models.decoder import Model, Params, rope_tables
 from dppo_jax.models.moe import stored_ids
 from dppo_jax.sampling.decode_forms import SLOTS, TOKENS, Ragged, Viewed, Where, by_shard
+from dppo_jax.sampling.layers import Layers, blocks_of
 from dppo_jax.sampling.paged_cache import (
     LayerPages,
     copy_pages,
@@ -31,7 +31,7 @@ from dppo_jax.sampling.paged_cache import (
     write_pages,
 )
 from dppo_jax.sampling.segments import Segments
-from dppo_jax.sharding import constrain, sampler_layout, viewed
+from dppo_jax.sharding import constrain, on_each_copy, sampler_layout, viewed
 
 
 @dataclass(frozen=True)
@@ -69,30 +69,7 @@ class Chunk(NamedTuple):
     experts: Int[Array, "B C layers k"] | None  # that the drawn tokens went to
     counts: Int[Array, " B"]
     stopped: Bool[Array, " B"]  # the last of them is a stop id
-    steps: Int[Array, ""]
-
-
-Layers = list[Any]  # the weights of each layer
-
-
-def _cut(decoder: Decoder) -> Layers:
-    _, stacked = nnx.split(decoder.blocks)
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(decoder.config.layers)]
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def cut_layers(params: Params, *, model: Model) -> Layers:
-    """A copy of each layer's weights, for the `layers` of the programs below.
-
-    They cut the stacked weights themselves where they are given None, in each call anew.
-    """
-    return _cut(model.bind(params))
-
-
-def _blocks(decoder: Decoder, layers: Layers | None) -> list[Block]:
-    """One slice a layer, so that a loop reads weights and copies none."""
-    graphdef, _ = nnx.split(decoder.blocks)
-    return [nnx.merge(graphdef, layer) for layer in layers or _cut(decoder)]
+    steps: Int[Array, " copies"]  # of the loop, on each that went on alone
 
 
 @functools.partial(
@@ -135,7 +112,7 @@ def prefill(
     new_pages: list[LayerPages] = []
     experts: list[Any] = []
     write = by_shard(write_pages, axes, TOKENS, SLOTS, gives=axes)
-    for block, layer, window in zip(_blocks(decoder, layers), pages, c.windows, strict=True):
+    for block, layer, window in zip(blocks_of(decoder, layers), pages, c.windows, strict=True):
         q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
         new = rounded(k, v, dtype)
         k, v = restored(new, x.dtype)
@@ -211,10 +188,27 @@ def decode_chunk(
     """Draws up to `programs.chunk` tokens in each slot, fewer where all have ended before.
 
     A step draws from the hidden states, then runs the drawn tokens through the layers, which
-    attend as the `decode_forms` say.
+    attend as the `decode_forms` say. Devices with a copy of the parameters each go on until their
+    own slots have ended (`on_each_copy`).
     """
+    drawn = functools.partial(_drawn_chunk, model, programs)
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    decode = on_each_copy(drawn, (whole, whole, split, split, split), split)
+    pages, hidden, chunk = decode(params, layers, pages, hidden, slots)
+    return pages, hidden, jax.tree.map(constrain, chunk)  # whole, for the host
+
+
+def _drawn_chunk(
+    model: Model,
+    programs: Programs,
+    params: Params,
+    layers: Layers | None,
+    pages: list[LayerPages],
+    hidden: Float[Array, "B D"],
+    slots: Slots,
+) -> tuple[list[LayerPages], Float[Array, "B D"], Chunk]:
     decoder, c = model.bind(params), model.config
-    blocks = _blocks(decoder, layers)
+    blocks = blocks_of(decoder, layers)
     unembedding = constrain(decoder.unembedding_matrix(), "vocab", None)
     batch = len(slots.length)
     tables = rope_tables(c, programs.max_context)
@@ -310,7 +304,7 @@ def decode_chunk(
     )
     new_pages = form.finish(pages, p.states, p.counts)
     drawn, routed = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (p.record, p.experts))
-    found = Chunk(drawn, routed, p.counts, p.stopped, p.step)
+    found = Chunk(drawn, routed, p.counts, p.stopped, p.step[None])
     with viewed("decode"):
         hidden = constrain(p.hidden, "tokens", "width")
-    return new_pages, hidden, jax.tree.map(constrain, found)  # whole, for the host
+    return new_pages, hidden, found

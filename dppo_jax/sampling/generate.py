@@ -5,22 +5,20 @@ sampled token's log-probability under the distribution it was drawn from, the to
 log-probabilities, the entropy, an explicit mask, and why each sequence ended.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Int
 
-from dppo_jax.kernels.drawing import Drawn
+from dppo_jax.kernels.drawing import Drawn, numbers
 from dppo_jax.kernels.filters import Filters
 from dppo_jax.kernels.sampler import sample
-from dppo_jax.models.attention import NEGATIVE, soft_capped
 from dppo_jax.models.block import Block
-from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import (
     Decoder,
     Experts,
@@ -32,7 +30,16 @@ from dppo_jax.models.decoder import (
 )
 from dppo_jax.models.rope import Rope
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
-from dppo_jax.sharding import constrain, sampler_layout, viewed
+from dppo_jax.sampling.layers import Layers, blocks_of
+from dppo_jax.sampling.shared_prompts import LayerCache, attend_cache, grown
+from dppo_jax.sharding import (
+    batch_shards,
+    constrain,
+    on_each_copy,
+    rows_here,
+    sampler_layout,
+    viewed,
+)
 
 SMALLEST_STAGE = 32  # response tokens
 
@@ -88,61 +95,6 @@ class SamplingConfig:
                 raise ValueError(f"end id {end_id} is outside the vocabulary of {vocab_size}")
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer: a prompt's are stored once and shared by its G samples."""
-
-    prompt_k: Float[Array, "P Hkv L d"]
-    prompt_v: Float[Array, "P Hkv L d"]
-    response_k: Float[Array, "B Hkv T d"]
-    response_v: Float[Array, "B Hkv T d"]
-
-
-def _attend_cache(
-    config: DecoderConfig,
-    q: Float[Array, "B H d"],
-    cache: LayerCache,
-    prompt_mask: Bool[Array, "P L"],
-    column: Int[Array, ""],
-    window: int | None,
-) -> Float[Array, "B Hd"]:
-    """Softmax attention of one new token a sequence over its prompt and its response so far."""
-    batch, heads, size = q.shape
-    prompts, groups = cache.prompt_k.shape[:2]
-    samples, rep = batch // prompts, heads // groups
-    q = (q * config.attention_scale).reshape(prompts, samples, groups, rep, size)
-    shared = q.transpose(0, 2, 1, 3, 4).reshape(prompts, groups, samples * rep, size)
-    to_prompt = jnp.einsum(
-        "pkmd,pkld->pkml", shared, cache.prompt_k, preferred_element_type=jnp.float32
-    )
-    to_prompt = soft_capped(to_prompt, config.attention_soft_cap)
-    seen = prompt_mask[:, None, None, :]
-    if window is not None:
-        length = prompt_mask.shape[1]
-        seen &= length + column - jnp.arange(length) < window
-    to_prompt = jnp.where(seen, to_prompt, NEGATIVE)
-    to_prompt = to_prompt.reshape(prompts, groups, samples, rep, -1).transpose(0, 2, 1, 3, 4)
-    to_prompt = to_prompt.reshape(batch, groups, rep, -1)
-    own = q.reshape(batch, groups, rep, size)
-    to_response = jnp.einsum(
-        "bkrd,bktd->bkrt", own, cache.response_k, preferred_element_type=jnp.float32
-    )
-    to_response = soft_capped(to_response, config.attention_soft_cap)
-    columns = jnp.arange(cache.response_k.shape[2])
-    seen = columns <= column
-    if window is not None:
-        seen &= column - columns < window
-    to_response = jnp.where(seen, to_response, NEGATIVE)
-    length = to_prompt.shape[-1]
-    weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_response], axis=-1), axis=-1)
-    weights = weights.astype(cache.prompt_v.dtype)
-    on_prompt = weights[..., :length].reshape(prompts, samples, groups, rep, length)
-    on_prompt = on_prompt.transpose(0, 2, 1, 3, 4).reshape(prompts, groups, -1, length)
-    from_prompt = jnp.einsum("pkml,pkld->pkmd", on_prompt, cache.prompt_v)
-    from_prompt = from_prompt.reshape(prompts, groups, samples, rep, size).transpose(0, 2, 1, 3, 4)
-    from_response = jnp.einsum("bkrt,bktd->bkrd", weights[..., length:], cache.response_v)
-    return (from_prompt.reshape(batch, groups, rep, size) + from_response).reshape(batch, -1)
-
-
 def _prefill(decoder: Decoder, prompts: Prompts, samples: int):
     """The last prompt token's hidden state [P, D], every layer's cache, without room yet, and the
     prompts' experts [P, L, layers, k]."""
@@ -154,16 +106,6 @@ def _prefill(decoder: Decoder, prompts: Prompts, samples: int):
         return LayerCache(k, v, nothing, nothing)
 
     return hidden[:, -1], [cache_of(keys[i], values[i]) for i in range(len(keys))], experts
-
-
-def _grown(cache: LayerCache, room: int) -> LayerCache:
-    """The cache with space for `room` response tokens."""
-
-    def grow(x):
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0)))
-        return constrain(x, "batch", "kv_heads", None, None)
-
-    return cache._replace(response_k=grow(cache.response_k), response_v=grow(cache.response_v))
 
 
 def stages(length: int) -> list[int]:
@@ -194,7 +136,7 @@ def _decode(
             response_k=update(cache.response_k, k[:, :, None], column, axis=2),
             response_v=update(cache.response_v, v[:, :, None], column, axis=2),
         )
-        attended = _attend_cache(c, q, cache, prompt_mask, column, window)
+        attended = attend_cache(c, q, cache, prompt_mask, column, window)
         x, chosen, _ = block.finish_routed(x, attended)
         new_caches.append(cache)
         experts.append(chosen)
@@ -213,18 +155,18 @@ class _Progress(NamedTuple):
 
 
 def _columns(
-    model: Model, params: Params, prompts: Prompts, key: Array, settings: SamplingConfig
+    model: Model,
+    params: Params,
+    prompts: Prompts,
+    key: Array,
+    settings: SamplingConfig,
+    layers: Layers | None = None,
 ) -> tuple[Callable[[], _Progress], Callable[[_Progress], _Progress]]:
     """How the first column is drawn, by the prompts, and each of the others, after the last."""
     if settings.dtype is not None:
         model = model.in_dtype(settings.dtype)
     decoder = model.bind(params)
-    graphdef, stacked = nnx.split(decoder.blocks)
-    # One slice a layer before the loop, so that the loop reads weights and copies none.
-    blocks = [
-        nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-        for i in range(model.config.layers)
-    ]
+    blocks = blocks_of(decoder, layers)
     unembedding = constrain(decoder.unembedding_matrix(), "vocab", None)
     samples, length = settings.samples_per_prompt, settings.max_new_tokens
     prompt_lengths = jnp.repeat(positions_of(prompts.mask)[:, -1] + 1, samples)
@@ -236,7 +178,7 @@ def _columns(
         drawn = sample(
             hidden,
             unembedding,
-            jax.random.fold_in(key, step),
+            rows_here(partial(numbers, jax.random.fold_in(key, step)), batch),
             temperature=settings.temperature,
             top_k_capture=settings.top_k_capture,
             filters=settings.filters,
@@ -303,7 +245,7 @@ def _stage(
 ) -> _Progress:
     """Draws columns until the cache has `end` of them or every sequence has ended."""
     with viewed("decode"):
-        progress = progress._replace(caches=[_grown(cache, end) for cache in progress.caches])
+        progress = progress._replace(caches=[grown(cache, end) for cache in progress.caches])
     # Drawing column t reads a cache of t columns: columns up to `end` fit this stage.
     last = min(end + 1, length)
 
@@ -313,7 +255,7 @@ def _stage(
     return jax.lax.while_loop(unfinished, advance, progress)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings"))
+@partial(jax.jit, static_argnames=("model", "settings"))
 def prefill(
     model: Model, params: Params, prompts: Prompts, key: Array, *, settings: SamplingConfig
 ) -> _Progress:
@@ -322,7 +264,7 @@ def prefill(
     return first()
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings"), donate_argnames="progress")
+@partial(jax.jit, static_argnames=("model", "settings"), donate_argnames="progress")
 def last_stage(
     model: Model,
     params: Params,
@@ -341,16 +283,38 @@ def last_stage(
     return drawn._replace(caches=[])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings"))
+@partial(jax.jit, static_argnames=("model", "settings"))
 def generate(
-    model: Model, params: Params, prompts: Prompts, key: Array, *, settings: SamplingConfig
+    model: Model,
+    params: Params,
+    prompts: Prompts,
+    key: Array,
+    *,
+    settings: SamplingConfig,
+    layers: Layers | None = None,
 ) -> Rollout:
     """Samples `settings.samples_per_prompt` responses to each prompt.
 
-    Stops when every sequence has sampled an end token or max_new_tokens is reached. Column t of the
-    batch is drawn with fold_in(key, t).
+    Stops when every sequence has sampled an end token or max_new_tokens is reached: on each device
+    that has a copy of the parameters, when its own have (`on_each_copy`). Column t of the batch is
+    drawn with fold_in(key, t). `layers`: the parameters' of `layers.for_decoding`.
     """
-    first, advance = _columns(model, params, prompts, key, settings)
+    drawn = partial(_drawn, model, settings)
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    even = len(prompts.tokens) % batch_shards() == 0
+    draw = on_each_copy(drawn, (whole, split, whole, whole), split) if even else drawn
+    return draw(params, prompts, key, layers)
+
+
+def _drawn(
+    model: Model,
+    settings: SamplingConfig,
+    params: Params,
+    prompts: Prompts,
+    key: Array,
+    layers: Layers | None,
+) -> Rollout:
+    first, advance = _columns(model, params, prompts, key, settings, layers)
     progress = first()
     for end in stages(settings.max_new_tokens):
         progress = _stage(advance, progress, end, settings.max_new_tokens)

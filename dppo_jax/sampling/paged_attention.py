@@ -100,8 +100,9 @@ def combined(own: Part, others: Sequence[tuple[Part, Array]]) -> Float[Array, "B
     """The softmax of each slot over all of its keys: its own part, and others with their slots."""
     everyone, highest = jnp.arange(len(own.highest))[:, None], own.highest
     for part, slots in others:
-        its = (slots == everyone)[:, :, None, None, None]
-        highest = jnp.maximum(highest, jnp.max(jnp.where(its, part.highest, NEGATIVE), axis=1))
+        by_head = part.highest.reshape(len(slots), -1).T[:, None]  # a CPU's maxima: along the last
+        its = jnp.max(jnp.where(slots == everyone, by_head, NEGATIVE), axis=-1)
+        highest = jnp.maximum(highest, its.T.reshape(highest.shape))
     scale = jnp.exp(own.highest - highest)
     out, total = own.out * scale, own.total * scale
     for part, slots in others:

@@ -1,14 +1,19 @@
-"""Run by test_sharded_engine.py in a process of eight CPU devices: one engine on several meshes."""
+"""Run by test_sharded_engine.py in a process of eight CPU devices: both samplers on meshes."""
 
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dppo_jax.models.decoder import DecoderConfig, Model
+from dppo_jax.records import Prompts
 from dppo_jax.sampling.engine import Engine, EngineConfig
+from dppo_jax.sampling.engine_programs import decode_chunk
+from dppo_jax.sampling.generate import SamplingConfig, generate
+from dppo_jax.sampling.layers import for_decoding
 from dppo_jax.sampling.requests import SamplingParams
-from dppo_jax.sharding import MeshConfig, shardings_of
+from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
 
 MODEL = DecoderConfig(
     vocab_size=16, width=16, layers=2, heads=4, kv_heads=2, head_size=4, mlp_width=24, qk_norm=True
@@ -26,6 +31,7 @@ CONFIG = EngineConfig(
 )
 MESHES = {
     "fsdp 2 x sequence 2 x tensor 2": MeshConfig(fsdp=2, sequence=2, tensor=2),
+    "data 2 x fsdp 2 x tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
     "data 8": MeshConfig(data=8, fsdp=1),
 }
 START = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -35,12 +41,57 @@ SAMPLING = [
 ]
 
 
+def waits(program, *args, **kwargs) -> bool:
+    """Whether a device waits for others but to give the results."""
+    return "all-reduce" in program.lower(*args, **kwargs).compile().as_text()
+
+
+def engine_waits(engine: Engine, params) -> bool:
+    device = engine._device
+    slots = device._rows.slots([], CONFIG, device.shape, device._reads)
+    given = params, device._pages, device._hidden, slots
+    options = dict(model=device.model, programs=device._programs, layers=device._layers)
+    with jax.set_mesh(engine.mesh):
+        return waits(decode_chunk, *given, **options)
+
+
+def lockstep(model: Model, params) -> dict:
+    """`generate` on one device, and on eight that have the parameters each."""
+    tokens = jnp.asarray([START[i:] + [0] * i for i in range(8)])[:, ::-1]
+    prompts, key = Prompts(tokens, tokens > 0), jax.random.key(1)
+    settings = SamplingConfig(
+        max_new_tokens=12, samples_per_prompt=2, top_k_capture=3, end_ids=(2, 5, 9, 15)
+    )
+    expected = generate(model, params, prompts, key, settings=settings)
+    mesh = MESHES["data 8"].build()
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, shardings_of(model.logical_axes, mesh))
+        prompts = jax.device_put(prompts, batch_sharding(mesh))
+        layers = for_decoding(params, model)
+        given = model, params, prompts, key
+        found = generate(*given, settings=settings, layers=layers)
+        waiting = waits(generate, *given, settings=settings, layers=layers)
+    lengths = np.asarray(expected.response_mask).sum(axis=1).reshape(8, -1).max(axis=1)
+    memories = [
+        len({shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards})
+        for leaf in jax.tree.leaves(layers)
+    ]
+    return {
+        "same_tokens": np.array_equal(found.response_tokens, expected.response_tokens),
+        "same_ends": np.array_equal(found.finish_reason, expected.finish_reason),
+        "logp_difference": float(np.abs(found.logp_rollout - expected.logp_rollout).max()),
+        "lengths": sorted(set(lengths.tolist())),
+        "waits": waiting,
+        "memories": memories,
+    }
+
+
 def main() -> dict:
     model = Model(MODEL)
     params = jax.tree.map(lambda leaf: leaf * 1.6, jax.jit(model.init)(jax.random.key(0)))
     engine = Engine(model, CONFIG)
     expected = engine.generate(params, PROMPTS, SAMPLING)
-    found = {}
+    found: dict = {"lockstep": lockstep(model, params)}
     for name, mesh_config in MESHES.items():
         mesh = mesh_config.build()
         placed = jax.device_put(params, shardings_of(model.logical_axes, mesh))
@@ -63,6 +114,7 @@ def main() -> dict:
             "compiled_again": engine.stats.compilations - compiled,
             "cached_tokens": engine.stats.cached_tokens,
             "held": [shard.pages.held for shard in engine._scheduler.shards],
+            "waits": engine_waits(engine, placed),
         }
     try:
         Engine(model, CONFIG, MeshConfig(data=1, fsdp=1, tensor=8).build())

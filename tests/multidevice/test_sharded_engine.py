@@ -1,4 +1,4 @@
-"""The rollout engine on eight devices draws what it draws on one."""
+"""The rollout engine and the sampler in lockstep draw on eight devices what they draw on one."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,9 @@ def found():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp 2 x sequence 2 x tensor 2", "data 8"])
+@pytest.mark.parametrize(
+    "mesh", ["fsdp 2 x sequence 2 x tensor 2", "data 2 x fsdp 2 x tensor 2", "data 8"]
+)
 def test_the_mesh_changes_no_token(found, mesh):
     one = found[mesh]
     assert len(one["same_tokens"]) == 15 and all(one["same_tokens"])
@@ -25,6 +27,19 @@ def test_the_mesh_changes_no_token(found, mesh):
     assert one["cached_tokens"] > 0
     assert not any(one["held"])
     assert one["compiled_again"] == 0
+    assert one["waits"] == (mesh != "data 8")
+
+
+def test_devices_with_a_copy_each_draw_alone(found):
+    one = found["lockstep"]
+    assert one["same_tokens"] and one["same_ends"]
+    assert one["logp_difference"] < 1e-4
+    assert len(one["lengths"]) > 2
+    assert not one["waits"]
+
+
+def test_cpu_devices_read_the_same_weights(found):
+    assert set(found["lockstep"]["memories"]) == {1}
 
 
 def test_heads_that_do_not_divide_are_refused(found):

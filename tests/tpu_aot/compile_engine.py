@@ -5,7 +5,9 @@ the compiled text says of one step of the loop, in which nobody has asked for
 filters or penalties. The kernel counts every page of the pool once, and writing tokens to the pool
 counts as the pool twice although it is done in place.
 
-python tests/tpu_aot/compile_engine.py v5e:4x4 36 decode prefill
+python tests/tpu_aot/compile_engine.py v5e:4x4 8 36 decode prefill
+
+The numbers: chips that share a copy of the weights, layers.
 """
 
 import dataclasses
@@ -38,13 +40,12 @@ sys.path.append(str(Path(__file__).parent.parent / "multidevice"))
 from sharded_sampler import gathered, looped  # noqa: E402
 
 BRANCHES = r"branch_computations=\{[^}]*?(%?[\w.\-]+)\}"
-TENSOR = 8  # chips that share a copy of the weights
 SLOTS, CONTEXT, PAGE = 128, 2048, 32  # slots that share a copy of the weights
 
 
-def main(topology: str, layers: int, names: list[str]) -> dict:
+def main(topology: str, tensor: int, layers: int, names: list[str]) -> dict:
     config = dataclasses.replace(parse(CONFIGS["qwen3_8b"]), dtype="bfloat16", layers=layers)
-    mesh = MeshConfig(data=-1, fsdp=1, tensor=TENSOR).build(
+    mesh = MeshConfig(data=-1, fsdp=1, tensor=tensor).build(
         topologies.get_topology_desc(topology, platform="tpu").devices
     )
     shards = math.prod(mesh.shape[axis] for axis in axes_of("queries", mesh, "decode"))
@@ -57,7 +58,7 @@ def main(topology: str, layers: int, names: list[str]) -> dict:
         prefill_tokens=2048 * shards,
         prefix_cache=False,
     )
-    assert why_not_ragged(config, jnp.dtype("bfloat16"), TENSOR) is None
+    assert why_not_ragged(config, jnp.dtype("bfloat16"), tensor) is None
     shape, model = shape_of(c, config, shards), Model(config)
 
     def array(shape, dtype, *axes):
@@ -113,16 +114,17 @@ def main(topology: str, layers: int, names: list[str]) -> dict:
             "temporary_bytes_a_chip": memory.temp_size_in_bytes,
             "step_bytes": two.bytes - one.bytes,
             "gathered": max(map(math.prod, gathered(looped(compiled.as_text()))), default=0),
+            "waits": "all-reduce" in looped(compiled.as_text()),  # in a step, for other chips
             "kernels": text.count('custom_call_target="tpu_custom_call"'),
             "seconds": round(time.monotonic() - began, 1),
         }
     # The embedding is untied: a step looks up a row for each slot and reads no more of it.
     read = sum(leaf.size for leaf in jax.tree.leaves(params)) - params["embedding"].size
-    weights = 2 * read // TENSOR
-    cache = page_bytes(config, "model", PAGE) * shape.pages // TENSOR  # every page once
+    weights = 2 * read // tensor
+    cache = page_bytes(config, "model", PAGE) * shape.pages // tensor  # every page once
     found["floor"] = {"weights": weights, "cache": cache}
     return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])))
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])))

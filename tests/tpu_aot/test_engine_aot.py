@@ -19,10 +19,10 @@ pytestmark = [
 ]
 
 
-def compiled(topology: str, layers: int, *programs: str) -> dict:
+def compiled(topology: str, layers: int, *programs: str, tensor: int = 8) -> dict:
     paths = [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, HERE / "compile_engine.py", topology, str(layers), *programs],
+        [sys.executable, HERE / "compile_engine.py", topology, str(tensor), str(layers), *programs],
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
@@ -42,6 +42,7 @@ def check(found: dict, layers: int) -> None:
     # times: most of what a model of one layer reads.
     most = 3.2 if layers == 1 else 2.5
     assert 0.9 * floor < found["decode"]["step_bytes"] < most * floor
+    assert found["decode"]["waits"]
     # The top-20 candidates of 8 shards of the vocabulary, for 128 slots: never their logits.
     assert 0 < found["decode"]["gathered"] <= 128 * 8 * 20
     for program in {"decode", "prefill"} & set(found):
@@ -51,6 +52,11 @@ def check(found: dict, layers: int) -> None:
 def test_decoding_of_one_layer_fits():
     """Qwen3-8B's shape with a single layer; the tests marked slow have them all."""
     check(compiled("v5e:4x4", 1, "decode"), 1)
+
+
+def test_chips_with_a_copy_each_decode_alone():
+    found = compiled("v5e:2x2", 1, "decode", tensor=1)["decode"]
+    assert found["kernels"] == 1 and not found["waits"]
 
 
 @pytest.mark.slow
