@@ -25,7 +25,7 @@ from dppo_jax.sampling.engine_inputs import (
     shape_of,
 )
 from dppo_jax.sampling.engine_programs import Chunk, Programs, Slots, empty_hidden
-from dppo_jax.sampling.layers import Layers, cut_layers, one_copy
+from dppo_jax.sampling.layers import Layers, cut_layers, for_decoding
 from dppo_jax.sampling.paged_cache import empty_pages, storage_dtype
 from dppo_jax.sampling.scheduler import Round
 from dppo_jax.sampling.sequences import Sample
@@ -85,14 +85,9 @@ class EngineDevice:
         self._layers: Layers | None = None
 
     def use(self, params: Params) -> None:
-        """To be told when there are other parameters.
-
-        On a CPU their layers are cut once, a copy; on accelerators, whose memory is dear, by each
-        call.
-        """
-        if jax.default_backend() == "cpu":
-            self._layers = None  # the old ones go first
-            self._layers = one_copy(self._counted(cut_layers, params, model=self.model))
+        """To be told when there are other parameters."""
+        self._layers = None  # the old ones go first
+        self._layers = self._counted(for_decoding, params, self.model, compiled=cut_layers)
 
     def warm_up(self, params: Params) -> None:
         """Compiles every program but those with a repetition penalty."""
@@ -169,11 +164,13 @@ class EngineDevice:
         )
         return chunk
 
-    def _counted(self, program: Any, *args, **kwargs):
-        before = program._cache_size()
+    def _counted(self, program: Any, *args, compiled: Any = None, **kwargs):
+        """What a program gives, or a function that calls `compiled`."""
+        compiled = compiled or program
+        before = compiled._cache_size()
         with self._on_mesh():
             out = program(*args, **kwargs)
-        self.compilations += program._cache_size() - before
+        self.compilations += compiled._cache_size() - before
         return out
 
     def _on_mesh(self):

@@ -19,7 +19,10 @@ def _cut(decoder: Decoder) -> Layers:
 
 
 def blocks_of(decoder: Decoder, layers: Layers | None) -> list[Block]:
-    """The decoder's blocks, of these weights; None: cut here, a copy, of the stacked ones."""
+    """The decoder's blocks, of these weights; None: cut here, a copy, of the stacked ones.
+
+    To be asked before a loop, which then reads weights and copies none.
+    """
     graphdef, _ = nnx.split(decoder.blocks)
     return [nnx.merge(graphdef, layer) for layer in layers or _cut(decoder)]
 
