@@ -1,11 +1,13 @@
 """How the decoding loop keeps and reads keys and values: two forms with one interface.
 
-`start` gives each layer's state of the loop, `step` attends with one new token a slot, `finish`
-gives the pages back. On a mesh everything here is done shard by shard: a slot's pages lie on the
-devices that hold the slot, and heads are split over tensor.
+`start` gives each layer's state of the loop with room for the first of `rooms`, `grown` with more;
+`step` attends with one new token a slot, `finish` gives the pages back. On a mesh everything here
+is done shard by shard: a slot's pages lie on the devices that hold the slot, and heads are split
+over tensor.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -40,6 +42,7 @@ TOKENS = ("queries", None, "kv_heads")
 HEADS = ("queries", "kv_heads")
 SLOTS = ("queries",)
 WHOLE: tuple[str, ...] = ()
+SMALLEST_HALVED = 32  # tokens of a chunk
 # Of the ragged kernel: keys of one block, and queries, which are slots here.
 BLOCK, QUERIES = 512, 8
 
@@ -78,9 +81,13 @@ class Where(NamedTuple):
 
 
 class DecodeForm(Protocol):
-    """One way to attend in the loop."""
+    """One way to attend in the loop, which is compiled for each of `rooms`."""
+
+    rooms: list[int]  # new tokens of a slot; the last is the chunk's
 
     def start(self, pages: Sequence[Any], where: Where) -> list[Any]: ...
+
+    def grown(self, states: list[Any], room: int) -> list[Any]: ...
 
     def step(
         self,
@@ -101,10 +108,13 @@ class DecodeForm(Protocol):
 class Viewed:
     """A dense copy of the segments is made once a chunk, and room for what the loop draws, which
     goes to its pages at the end. For backends whose gathers cost more than the memory of the copy.
+
+    Each token reads the whole room: one that grows half way is read 3/4 as much.
     """
 
     def __init__(self, config: DecoderConfig, dtype: jnp.dtype, chunk: int):
-        self.config, self.dtype, self.chunk = config, dtype, chunk
+        self.config, self.dtype = config, dtype
+        self.rooms = [chunk // 2, chunk] if chunk >= SMALLEST_HALVED else [chunk]
 
     def start(self, pages: Sequence[Any], where: Where) -> list[View]:
         self.where = where
@@ -113,12 +123,22 @@ class Viewed:
             return [view_of(layer, one.pages) for one in segments]
 
         def room(layer: SplitPages, length) -> View:
-            return empty_view(layer, len(length), self.chunk)
+            return empty_view(layer, len(length), self.rooms[0])
 
         copied = by_shard(copied, SPLIT, SLOTS, gives=HEADS)
         room = by_shard(room, SPLIT, SLOTS, gives=HEADS)
         self.views = [copied(layer, where.segments) for layer in pages]
         return [room(layer, where.length) for layer in pages]
+
+    def grown(self, states, room):
+        def grow(leaf):
+            more = (leaf.shape[0], leaf.shape[1], room - leaf.shape[2], *leaf.shape[3:])
+            return jnp.concatenate([leaf, jnp.zeros(more, leaf.dtype)], axis=2)
+
+        if room == self.rooms[0]:
+            return states
+        grow_view = by_shard(partial(jax.tree.map, grow), HEADS, gives=HEADS)
+        return [grow_view(state) for state in states]
 
     def step(self, layer, state, q, k, v, step, active):
         c, window = self.config, self.config.windows[layer]
@@ -129,7 +149,8 @@ class Viewed:
             room = with_column(room, new, step)
             q = (q * c.attention_scale).reshape(batch, groups, heads // groups, size)
             cap, now = c.attention_soft_cap, where.length + step
-            own = attended(q, room, room_bias(self.chunk, step, window)[None, None], cap)
+            bias = room_bias(room.v.shape[2], step, window)
+            own = attended(q, room, bias[None, None], cap)
             others = [
                 (attended_segments(q, view, one, now, cap, window), one.slots.reshape(-1))
                 for view, one in zip(views, where.segments, strict=True)
@@ -142,7 +163,7 @@ class Viewed:
 
     def finish(self, pages, states, counts):
         def write(layer: SplitPages, room: View, where: Where, counts):
-            columns = jnp.arange(self.chunk)
+            columns = jnp.arange(self.rooms[-1])
             to, at = where.places(columns, layer.page_size)
             to = jnp.where(columns < counts[:, None], to, len(layer.k))
             return layer.with_tokens(SplitPages(*room).tokens, to, at)
@@ -158,12 +179,15 @@ class Ragged:
     int8, and only heads that fill a register: `why_not_ragged`.
     """
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype):
-        self.config, self.dtype = config, dtype
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, chunk: int):
+        self.config, self.dtype, self.rooms = config, dtype, [chunk]
 
     def start(self, pages: Sequence[Any], where: Where) -> list[RaggedPages]:
         self.where = where
         return list(pages)
+
+    def grown(self, states, room):
+        return states
 
     def step(self, layer, state, q, k, v, step, active):
         c = self.config

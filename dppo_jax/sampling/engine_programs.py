@@ -213,7 +213,7 @@ def _drawn_chunk(
     batch = len(slots.length)
     tables = rope_tables(c, programs.max_context)
     dtype = storage_dtype(c, programs.cache_dtype)
-    form = Ragged(c, dtype) if programs.ragged else Viewed(c, dtype, programs.chunk)
+    form = (Ragged if programs.ragged else Viewed)(c, dtype, programs.chunk)
     where = Where(slots.length, slots.new_pages, slots.table, slots.segments)
     states = form.start(pages, where)
     everyone = jnp.arange(batch)
@@ -280,28 +280,31 @@ def _drawn_chunk(
     stored, experts = (programs.top_k_capture,), None
     if programs.record_experts:
         experts = room((c.layers, c.experts_per_token), stored_ids(c.experts))
-    p = jax.lax.while_loop(
-        lambda p: (p.step < programs.chunk) & jnp.any(p.active),
-        advance,
-        _Progress(
-            step=jnp.int32(0),
-            hidden=hidden,
-            states=states,
-            active=slots.remaining > 0,
-            stopped=jnp.zeros((batch,), bool),
-            counts=jnp.zeros((batch,), jnp.int32),
-            record=Drawn(
-                token=room((), jnp.int32),
-                logp=room((), jnp.float32),
-                topk_ids=room(stored, jnp.int32),
-                topk_logp=room(stored, jnp.float32),
-                entropy=room((), jnp.float32),
-                kept_count=room((), jnp.int32),
-            ),
-            experts=experts,
-            history=slots.history,
+    p = _Progress(
+        step=jnp.int32(0),
+        hidden=hidden,
+        states=states,
+        active=slots.remaining > 0,
+        stopped=jnp.zeros((batch,), bool),
+        counts=jnp.zeros((batch,), jnp.int32),
+        record=Drawn(
+            token=room((), jnp.int32),
+            logp=room((), jnp.float32),
+            topk_ids=room(stored, jnp.int32),
+            topk_logp=room(stored, jnp.float32),
+            entropy=room((), jnp.float32),
+            kept_count=room((), jnp.int32),
         ),
+        experts=experts,
+        history=slots.history,
     )
+    for width in form.rooms:
+        p = p._replace(states=form.grown(p.states, width))
+
+        def unfinished(p: _Progress, width=width) -> Bool[Array, ""]:
+            return (p.step < width) & jnp.any(p.active)
+
+        p = jax.lax.while_loop(unfinished, advance, p)
     new_pages = form.finish(pages, p.states, p.counts)
     drawn, routed = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (p.record, p.experts))
     found = Chunk(drawn, routed, p.counts, p.stopped, p.step[None])
