@@ -498,6 +498,22 @@ def test_a_rounded_cache_is_near_and_repeatable(tiny, cache_dtype):
         np.testing.assert_allclose(one.logp, two.logp, atol=1e-3)
 
 
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
+def test_room_that_grows_within_a_chunk_changes_no_token(tiny, cache_dtype):
+    """Samples that end before the room of 16 tokens is full, with it, and after it has grown."""
+    sampling = [dataclasses.replace(MIXED[0], max_new_tokens=length) for length in (9, 16, 17, 21)]
+    grown, whole = (
+        Engine(tiny[0], dataclasses.replace(CONFIG, chunk=chunk, cache_dtype=cache_dtype)).generate(
+            tiny[1], PROMPTS, sampling
+        )
+        for chunk in (32, 4)
+    )
+    for ours, theirs in zip(grown, whole, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
+
+
 def test_rounding_to_int8_by_hand():
     """Steps of the largest value over 127, of each token and head on its own."""
     k = jnp.array([[[127.0, -63.6], [0.5, 0.25]]])

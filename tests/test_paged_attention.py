@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from dppo_jax.sampling.paged_attention import (
+    answers_of,
     attended,
     attended_segments,
     combined,
+    of_slots,
     room_bias,
 )
 from dppo_jax.sampling.paged_cache import View
@@ -64,11 +66,12 @@ def test_segments_together_are_all_keys(window, soft_cap):
     def found(q, room, views):
         now = jnp.asarray(LENGTH) + STEP
         bias = room_bias(CHUNK, jnp.int32(STEP), window)[None, None]
-        others = [
-            (attended_segments(q, view, one, now, soft_cap, window), one.slots.reshape(-1))
+        shared, own = (
+            attended_segments(q, view, one, now, soft_cap, window)
             for view, one in zip(views, (SHARED, OWN), strict=True)
-        ]
-        return combined(attended(q, room, bias, soft_cap), others)
+        )
+        mine = [attended(q, room, bias, soft_cap), of_slots(shared, answers_of(SHARED, len(q)))]
+        return combined(mine, [(own, OWN.slots.reshape(-1))])
 
     got = found(jnp.asarray(q), *jax.tree.map(jnp.asarray, (room, views)))
     for slot, queries in enumerate(q.astype(np.float64)):
@@ -80,3 +83,9 @@ def test_segments_together_are_all_keys(window, soft_cap):
         weights = np.exp(z - z.max(axis=-1, keepdims=True))
         expected = np.einsum("hrt,htd->hrd", weights / weights.sum(-1, keepdims=True), v)
         np.testing.assert_allclose(got[slot], expected, atol=2e-6)
+
+
+def test_whose_answers_by_hand():
+    """Slot 0 is the first of the first segment, slot 2 its second; nobody else shares."""
+    assert SHARED.shared and not OWN.shared
+    np.testing.assert_array_equal(answers_of(SHARED, 4), [0, NOBODY, 1, NOBODY])

@@ -17,9 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.sampling.paged_attention import (
+    answers_of,
     attended,
     attended_segments,
     combined,
+    of_slots,
     room_bias,
     with_column,
 )
@@ -125,6 +127,11 @@ class Viewed:
         def room(layer: SplitPages, length) -> View:
             return empty_view(layer, len(length), self.rooms[0])
 
+        def answers(where: Where) -> list[Array | None]:
+            batch = len(where.length)
+            return [answers_of(one, batch) if one.shared else None for one in where.segments]
+
+        self.answers = by_shard(answers, SLOTS, gives=SLOTS)(where)
         copied = by_shard(copied, SPLIT, SLOTS, gives=HEADS)
         room = by_shard(room, SPLIT, SLOTS, gives=HEADS)
         self.views = [copied(layer, where.segments) for layer in pages]
@@ -143,23 +150,26 @@ class Viewed:
     def step(self, layer, state, q, k, v, step, active):
         c, window = self.config, self.config.windows[layer]
 
-        def attend(q, new, room: View, views: Sequence[View], where: Where, step):
+        def attend(q, new, room: View, views: Sequence[View], where: Where, answers, step):
             batch, heads, size = q.shape
             groups = room.k.shape[1]
             room = with_column(room, new, step)
             q = (q * c.attention_scale).reshape(batch, groups, heads // groups, size)
             cap, now = c.attention_soft_cap, where.length + step
             bias = room_bias(room.v.shape[2], step, window)
-            own = attended(q, room, bias[None, None], cap)
-            others = [
-                (attended_segments(q, view, one, now, cap, window), one.slots.reshape(-1))
-                for view, one in zip(views, where.segments, strict=True)
-            ]
+            own, others = [attended(q, room, bias[None, None], cap)], []
+            for view, one, mine in zip(views, where.segments, answers, strict=True):
+                part = attended_segments(q, view, one, now, cap, window)
+                if mine is None:
+                    others.append((part, one.slots.reshape(-1)))
+                else:
+                    own.append(of_slots(part, mine))
             return combined(own, others).astype(q.dtype).reshape(batch, -1), room
 
-        given = (HEADS, HEADS, HEADS, HEADS, SLOTS, WHOLE)
+        given = (HEADS, HEADS, HEADS, HEADS, SLOTS, SLOTS, WHOLE)
         attend = by_shard(attend, *given, gives=(HEADS, HEADS))
-        return attend(q, rounded(k, v, self.dtype), state, self.views[layer], self.where, step)
+        new, views = rounded(k, v, self.dtype), self.views[layer]
+        return attend(q, new, state, views, self.where, self.answers, step)
 
     def finish(self, pages, states, counts):
         def write(layer: SplitPages, room: View, where: Where, counts):

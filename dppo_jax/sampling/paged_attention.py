@@ -4,7 +4,7 @@ Axes: B slots, h key heads, r queries a key head, t keys, d head size.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dppo_jax.models.attention import NEGATIVE, bias_of, soft_capped
 from dppo_jax.sampling.paged_cache import Stored, View
-from dppo_jax.sampling.segments import Segments
+from dppo_jax.sampling.segments import NOBODY, Segments
 
 
 def with_column(view: View, new: Stored, column: Int[Array, ""]) -> View:
@@ -96,15 +96,37 @@ def attended_segments(
     return Part(*map(answered, part))
 
 
-def combined(own: Part, others: Sequence[tuple[Part, Array]]) -> Float[Array, "B h r d"]:
-    """The softmax of each slot over all of its keys: its own part, and others with their slots."""
-    everyone, highest = jnp.arange(len(own.highest))[:, None], own.highest
+def answers_of(segments: Segments, batch: int) -> Int[Array, " B"]:
+    """Which of the segments' S G places each slot has, for slots that have one at most; or NOBODY.
+
+    The one that `of_slots` takes.
+    """
+    slots = segments.slots.reshape(-1)
+    nowhere = jnp.full(batch, NOBODY, jnp.int32)
+    return nowhere.at[jnp.where(slots == NOBODY, batch, slots)].set(
+        jnp.arange(len(slots), dtype=jnp.int32), mode="drop"
+    )
+
+
+def of_slots(part: Part, answers: Int[Array, " B"]) -> Part:
+    """Each slot's part [B, h, r, ...], which counts for nothing where it has none."""
+    mine = jax.tree.map(lambda leaf: leaf[jnp.maximum(answers, 0)], part)
+    there = (answers != NOBODY)[:, None, None, None]
+    return mine._replace(highest=jnp.where(there, mine.highest, NEGATIVE))
+
+
+def combined(own: Sequence[Part], others: Sequence[tuple[Part, Array]]) -> Float[Array, "B h r d"]:
+    """The softmax of each slot over all of its keys: its own parts, one of which has a key that it
+    sees, and others [N, h, r, ...] with their slots, of which it may have several."""
+    everyone = jnp.arange(len(own[0].highest))[:, None]
+    highest = reduce(jnp.maximum, [part.highest for part in own])
     for part, slots in others:
         by_head = part.highest.reshape(len(slots), -1).T[:, None]  # a CPU's maxima: along the last
         its = jnp.max(jnp.where(slots == everyone, by_head, NEGATIVE), axis=-1)
         highest = jnp.maximum(highest, its.T.reshape(highest.shape))
-    scale = jnp.exp(own.highest - highest)
-    out, total = own.out * scale, own.total * scale
+    scales = [jnp.exp(part.highest - highest) for part in own]
+    out = reduce(jnp.add, [part.out * scale for part, scale in zip(own, scales, strict=True)])
+    total = reduce(jnp.add, [part.total * scale for part, scale in zip(own, scales, strict=True)])
     for part, slots in others:
         # Nobody's is of any slot, and counts for none.
         scale = jnp.exp(jnp.minimum(part.highest - highest[slots], 0.0))

@@ -24,6 +24,11 @@ class Segments(NamedTuple):
     first: Int[Array, " S"]  # position of its first token
     tokens: Int[Array, " S"]  # in its pages
 
+    @property
+    def shared(self) -> bool:
+        """Whether they are of several slots: such a slot has one of them, else it may have more."""
+        return self.slots.shape[1] > 1
+
 
 class SegmentShape(NamedTuple):
     """What is compiled of them, for each shard."""
