@@ -5,7 +5,7 @@ itself; one in all without a mesh.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -157,6 +157,7 @@ class Scheduler:
 
     def _round(self) -> Round:
         round_, waiting = Round(), list(self.queue)
+        alike = Counter(map(key_of, waiting))  # those that wait
         promised = [0] * len(self.shards)  # slots for samples whose context comes in this round
         jobs: dict[tuple[int, Key], Prefill] = {}
         coming: set[tuple[int, bytes]] = set()  # contents that this round computes
@@ -175,8 +176,9 @@ class Scheduler:
                 jobs[at, key].samples.append(sample)
                 promised[at] += 1
             elif key in self.shards[at].prefilled:
-                if (start := self._start(sample, at, key)) is None:
+                if (start := self._start(sample, at, key, siblings=alike[key] > 1)) is None:
                     break
+                alike[key] -= 1
                 round_.starts.append(start)
             else:
                 keys = prefix_keys(sample.context[:-1], self.page_size)  # the last is computed
@@ -212,12 +214,14 @@ class Scheduler:
             shard.pages.remember(keys, result.pages[: len(keys)])
         return Prefill(at, context[known:], prefix, to, result, [sample])
 
-    def _start(self, sample: Sample, at: int, key: Key) -> Start | None:
-        """Puts a sample in a free slot; None where there are no pages for it."""
+    def _start(self, sample: Sample, at: int, key: Key, *, siblings: bool) -> Start | None:
+        """Puts a sample in a free slot; None where there are no pages for it.
+
+        `siblings`: whether others wait that start from the same context.
+        """
         shard = self.shards[at]
         context = shard.prefilled[key]
         assert context.last is not None, "a round was not done before the next"
-        siblings = any(key_of(s) == key and s is not sample for s in self.queue)
         whole = context.length // self.page_size
         partial = context.pages[whole:]
         more = self.pages_for(context.length + min(self.chunk, sample.remaining))
