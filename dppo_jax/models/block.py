@@ -14,7 +14,7 @@ from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.expert_parallel import expert_mlps_on_mesh
 from dppo_jax.models.fsdp import with_whole
 from dppo_jax.models.moe import Load, route, stored_ids
-from dppo_jax.models.products import product
+from dppo_jax.models.products import Panels, product
 from dppo_jax.models.rope import Rope, rotate
 from dppo_jax.sharding import constrain
 
@@ -63,6 +63,8 @@ def in_use(
 ) -> Array:
     """function(x, the parameter in `dtype` as `gathered` has it), token by token."""
     value = param[...]
+    if isinstance(value, Panels):
+        return function(x, value.astype(dtype))
     if isinstance(value, QArray):
         return function(x, gathered(param).astype(dtype))
     # What travels is rounded first, as are the gradients that are summed.

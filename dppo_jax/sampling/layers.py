@@ -7,15 +7,32 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dppo_jax.models.block import Block
+from dppo_jax.models.block import MATRICES, Block
 from dppo_jax.models.decoder import Decoder, Model, Params
+from dppo_jax.models.products import PANEL, in_panels
 
 Layers = list[Any]  # the weights of each layer
+LARGEST = 2**18  # numbers of a matrix in panels
 
 
 def _cut(decoder: Decoder) -> Layers:
     _, stacked = nnx.split(decoder.blocks)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(decoder.config.layers)]
+
+
+def _panelled(layer: Any) -> Any:
+    """A layer with its small matrices in panels: of a large one's many the compiler takes long."""
+
+    def cut(path, param: nnx.Param) -> nnx.Variable:
+        weight = param[...]
+        matrix = path[0].key in MATRICES and isinstance(weight, jax.Array) and weight.ndim == 2
+        fits = matrix and PANEL < weight.shape[1] and weight.size <= LARGEST
+        return param.replace(in_panels(weight)) if fits else param
+
+    def is_param(node) -> bool:
+        return isinstance(node, nnx.Variable)
+
+    return jax.tree_util.tree_map_with_path(cut, layer, is_leaf=is_param)
 
 
 def blocks_of(decoder: Decoder, layers: Layers | None) -> list[Block]:
@@ -27,10 +44,11 @@ def blocks_of(decoder: Decoder, layers: Layers | None) -> list[Block]:
     return [nnx.merge(graphdef, layer) for layer in layers or _cut(decoder)]
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def cut_layers(params: Params, *, model: Model) -> Layers:
-    """A copy of each layer's weights."""
-    return _cut(model.bind(params))
+@functools.partial(jax.jit, static_argnames=("model", "panels"))
+def cut_layers(params: Params, *, model: Model, panels: bool) -> Layers:
+    """A copy of each layer's weights, with `panels` in those."""
+    layers = _cut(model.bind(params))
+    return [_panelled(layer) for layer in layers] if panels else layers
 
 
 def one_copy(tree: Any) -> Any:
@@ -56,10 +74,12 @@ def one_copy(tree: Any) -> Any:
 
 
 def for_decoding(params: Params, model: Model) -> Layers | None:
-    """The `layers` to decode with: on CPUs cut once and in one copy, else None.
+    """The `layers` to decode with: on CPUs cut once and in one copy, in `Panels` where no mesh
+    splits them; else None.
 
     Accelerators, whose memory is dear, cut them in each call.
     """
     if jax.default_backend() != "cpu":
         return None
-    return one_copy(cut_layers(params, model=model))
+    panels = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
+    return one_copy(cut_layers(params, model=model, panels=panels))
