@@ -18,9 +18,9 @@ PANEL = 64  # columns
 class Panels:
     """A matrix [I, O] in a CPU's memory as several of `PANEL` columns.
 
-    XLA multiplies few rows by so many columns at a time, down the matrix. In a wider one those lie
-    in a piece of each row, which no processor fetches ahead: twice the time where the weights are
-    beyond the nearest caches.
+    Products of few rows wait for the weights, and these come faster where columns that are read
+    together lie together. On an AMD EPYC, with 16 MB of weights, 8 rows took half the time that
+    they took by a matrix of 1024 columns, 32 rows 0.8 of it, 64 rows all of it.
     """
 
     parts: tuple[Float[Array, "I _"], ...]

@@ -21,7 +21,7 @@ def _cut(decoder: Decoder) -> Layers:
 
 
 def _panelled(layer: Any) -> Any:
-    """A layer with its small matrices in panels: of a large one's many the compiler takes long."""
+    """A layer with its small matrices in panels; of large ones there would be many to compile."""
 
     def cut(path, param: nnx.Param) -> nnx.Variable:
         weight = param[...]
