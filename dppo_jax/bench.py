@@ -19,7 +19,7 @@ from dppo_jax.objectives import dppo_binary_tv
 from dppo_jax.optimizer import adamw
 from dppo_jax.records import Batch, Prompts
 from dppo_jax.sampling.generate import SamplingConfig, generate
-from dppo_jax.sampling.layers import for_decoding
+from dppo_jax.sampling.weights import for_decoding
 from dppo_jax.scoring import score
 from dppo_jax.sharding import MeshConfig, batch_sharding, check_divides, shardings_of
 from dppo_jax.update import init_state, make_update
@@ -213,8 +213,8 @@ def _seconds_of_parts(
     asked = jax.device_put(Prompts(tokens, jnp.ones_like(tokens, bool)), rows)
 
     def drawn():
-        layers = for_decoding(state.params, model)
-        return generate(model, state.params, asked, key, settings=settings, layers=layers)
+        weights = for_decoding(state.params, model)
+        return generate(model, state.params, asked, key, settings=settings, weights=weights)
 
     rollout = drawn()
     sampling = seconds_of(drawn, repeats)

@@ -25,10 +25,10 @@ from dppo_jax.sampling.engine_inputs import (
     shape_of,
 )
 from dppo_jax.sampling.engine_programs import Chunk, Programs, Slots, empty_hidden
-from dppo_jax.sampling.layers import Layers, cut_layers, for_decoding
 from dppo_jax.sampling.paged_cache import empty_pages, storage_dtype
 from dppo_jax.sampling.scheduler import Round
 from dppo_jax.sampling.sequences import Sample
+from dppo_jax.sampling.weights import Weights, copied, for_decoding
 from dppo_jax.sharding import axes_of, check_divides
 
 
@@ -82,12 +82,12 @@ class EngineDevice:
             self._pages, self._hidden = jax.jit(born)()
         self._rows = SlotRows(c.slots, c.stop_ids, c.logit_biases)
         self._reads = reads_of(c, model.config, self.shape, self._programs.ragged)
-        self._layers: Layers | None = None
+        self._weights: Weights | None = None
 
     def use(self, params: Params) -> None:
         """To be told when there are other parameters."""
-        self._layers = None  # the old ones go first
-        self._layers = self._counted(for_decoding, params, self.model, compiled=cut_layers)
+        self._weights = None  # the old ones go first
+        self._weights = self._counted(for_decoding, params, self.model, compiled=copied)
 
     def warm_up(self, params: Params) -> None:
         """Compiles every program but those with a repetition penalty."""
@@ -147,7 +147,7 @@ class EngineDevice:
             max_context=self.config.max_context,
             cache_dtype=self.config.cache_dtype,
             record_experts=self.config.record_experts,
-            layers=self._layers,
+            weights=self._weights,
         )
         return last, experts
 
@@ -160,7 +160,7 @@ class EngineDevice:
             slots,
             model=self.model,
             programs=self._programs,
-            layers=self._layers,
+            weights=self._weights,
         )
         return chunk
 

@@ -20,7 +20,6 @@ from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model, Params, rope_tables
 from dppo_jax.models.moe import stored_ids
 from dppo_jax.sampling.decode_forms import SLOTS, TOKENS, Ragged, Viewed, Where, by_shard
-from dppo_jax.sampling.layers import Layers, blocks_of
 from dppo_jax.sampling.paged_cache import (
     LayerPages,
     copy_pages,
@@ -31,6 +30,7 @@ from dppo_jax.sampling.paged_cache import (
     write_pages,
 )
 from dppo_jax.sampling.segments import Segments
+from dppo_jax.sampling.weights import Weights, bound
 from dppo_jax.sharding import constrain, on_each_copy, sampler_layout, viewed
 
 
@@ -90,7 +90,7 @@ def prefill(
     max_context: int,
     cache_dtype: str,
     record_experts: bool,
-    layers: Layers | None = None,
+    weights: Weights | None = None,
 ) -> tuple[list[LayerPages], Float[Array, "N D"], Int[Array, "N L layers k"] | None]:
     """Writes the keys and values of `tokens` to pages `to`; the last token's hidden state, and the
     experts of all where they are asked.
@@ -99,7 +99,7 @@ def prefill(
     pages `prefix`, right-aligned. Keys and values are rounded as they are stored before anything
     attends to them, so that recomputing a context gives what decoding it gave.
     """
-    decoder, c = model.bind(params), model.config
+    (decoder, blocks), c = bound(model, params, weights), model.config
     rows, width = tokens.shape
     page_size, axes = pages[0].page_size, pages[0].axes
     columns = jnp.arange(width)
@@ -112,7 +112,7 @@ def prefill(
     new_pages: list[LayerPages] = []
     experts: list[Any] = []
     write = by_shard(write_pages, axes, TOKENS, SLOTS, gives=axes)
-    for block, layer, window in zip(blocks_of(decoder, layers), pages, c.windows, strict=True):
+    for block, layer, window in zip(blocks, pages, c.windows, strict=True):
         q, k, v = block.queries_keys_values(x, ropes[0 if window is None else -1])
         new = rounded(k, v, dtype)
         k, v = restored(new, x.dtype)
@@ -183,7 +183,7 @@ def decode_chunk(
     *,
     model: Model,
     programs: Programs,
-    layers: Layers | None = None,
+    weights: Weights | None = None,
 ) -> tuple[list[LayerPages], Float[Array, "B D"], Chunk]:
     """Draws up to `programs.chunk` tokens in each slot, fewer where all have ended before.
 
@@ -194,7 +194,7 @@ def decode_chunk(
     drawn = functools.partial(_drawn_chunk, model, programs)
     whole, split = PartitionSpec(), PartitionSpec("data")
     decode = on_each_copy(drawn, (whole, whole, split, split, split), split)
-    pages, hidden, chunk = decode(params, layers, pages, hidden, slots)
+    pages, hidden, chunk = decode(params, weights, pages, hidden, slots)
     return pages, hidden, jax.tree.map(constrain, chunk)  # whole, for the host
 
 
@@ -202,13 +202,12 @@ def _drawn_chunk(
     model: Model,
     programs: Programs,
     params: Params,
-    layers: Layers | None,
+    weights: Weights | None,
     pages: list[LayerPages],
     hidden: Float[Array, "B D"],
     slots: Slots,
 ) -> tuple[list[LayerPages], Float[Array, "B D"], Chunk]:
-    decoder, c = model.bind(params), model.config
-    blocks = blocks_of(decoder, layers)
+    (decoder, blocks), c = bound(model, params, weights), model.config
     unembedding = constrain(decoder.unembedding_matrix(), "vocab", None)
     batch = len(slots.length)
     tables = rope_tables(c, programs.max_context)

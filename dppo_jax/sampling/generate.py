@@ -30,8 +30,8 @@ from dppo_jax.models.decoder import (
 )
 from dppo_jax.models.rope import Rope
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
-from dppo_jax.sampling.layers import Layers, blocks_of
 from dppo_jax.sampling.shared_prompts import LayerCache, attend_cache, grown
+from dppo_jax.sampling.weights import Weights, bound
 from dppo_jax.sharding import (
     batch_shards,
     constrain,
@@ -160,13 +160,12 @@ def _columns(
     prompts: Prompts,
     key: Array,
     settings: SamplingConfig,
-    layers: Layers | None = None,
+    weights: Weights | None = None,
 ) -> tuple[Callable[[], _Progress], Callable[[_Progress], _Progress]]:
     """How the first column is drawn, by the prompts, and each of the others, after the last."""
     if settings.dtype is not None:
         model = model.in_dtype(settings.dtype)
-    decoder = model.bind(params)
-    blocks = blocks_of(decoder, layers)
+    decoder, blocks = bound(model, params, weights)
     unembedding = constrain(decoder.unembedding_matrix(), "vocab", None)
     samples, length = settings.samples_per_prompt, settings.max_new_tokens
     prompt_lengths = jnp.repeat(positions_of(prompts.mask)[:, -1] + 1, samples)
@@ -291,19 +290,19 @@ def generate(
     key: Array,
     *,
     settings: SamplingConfig,
-    layers: Layers | None = None,
+    weights: Weights | None = None,
 ) -> Rollout:
     """Samples `settings.samples_per_prompt` responses to each prompt.
 
     Stops when every sequence has sampled an end token or max_new_tokens is reached: on each device
     that has a copy of the parameters, when its own have (`on_each_copy`). Column t of the batch is
-    drawn with fold_in(key, t). `layers`: the parameters' of `layers.for_decoding`.
+    drawn with fold_in(key, t). `weights`: the parameters' of `weights.for_decoding`.
     """
     drawn = partial(_drawn, model, settings)
     whole, split = PartitionSpec(), PartitionSpec("data")
     even = len(prompts.tokens) % batch_shards() == 0
     draw = on_each_copy(drawn, (whole, split, whole, whole), split) if even else drawn
-    return draw(params, prompts, key, layers)
+    return draw(params, prompts, key, weights)
 
 
 def _drawn(
@@ -312,9 +311,9 @@ def _drawn(
     params: Params,
     prompts: Prompts,
     key: Array,
-    layers: Layers | None,
+    weights: Weights | None,
 ) -> Rollout:
-    first, advance = _columns(model, params, prompts, key, settings, layers)
+    first, advance = _columns(model, params, prompts, key, settings, weights)
     progress = first()
     for end in stages(settings.max_new_tokens):
         progress = _stage(advance, progress, end, settings.max_new_tokens)

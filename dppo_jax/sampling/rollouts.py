@@ -23,8 +23,8 @@ from dppo_jax.prompts.tokenizers import Tokenizer
 from dppo_jax.records import Prompts, Rollout
 from dppo_jax.sampling.engine import Engine, EngineConfig
 from dppo_jax.sampling.generate import SamplingConfig, generate
-from dppo_jax.sampling.layers import for_decoding
 from dppo_jax.sampling.requests import Completion, SamplingParams
+from dppo_jax.sampling.weights import for_decoding
 from dppo_jax.sharding import batch_sharding
 
 
@@ -88,8 +88,8 @@ class Lockstep:
     ) -> Rollout:
         """See `RolloutSource`; the draws of a part depend on where it begins."""
         key = jax.random.fold_in(key, 2**31 + first) if first else key
-        layers = for_decoding(params, self._model)
-        return generate(self._model, params, prompts, key, settings=settings, layers=layers)
+        weights = for_decoding(params, self._model)
+        return generate(self._model, params, prompts, key, settings=settings, weights=weights)
 
 
 class Continuous:

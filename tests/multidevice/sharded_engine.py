@@ -11,8 +11,8 @@ from dppo_jax.records import Prompts
 from dppo_jax.sampling.engine import Engine, EngineConfig
 from dppo_jax.sampling.engine_programs import decode_chunk
 from dppo_jax.sampling.generate import SamplingConfig, generate
-from dppo_jax.sampling.layers import for_decoding
 from dppo_jax.sampling.requests import SamplingParams
+from dppo_jax.sampling.weights import for_decoding
 from dppo_jax.sharding import MeshConfig, batch_sharding, shardings_of
 
 MODEL = DecoderConfig(
@@ -50,7 +50,7 @@ def engine_waits(engine: Engine, params) -> bool:
     device = engine._device
     slots = device._rows.slots([], CONFIG, device.shape, device._reads)
     given = params, device._pages, device._hidden, slots
-    options = dict(model=device.model, programs=device._programs, layers=device._layers)
+    options = dict(model=device.model, programs=device._programs, weights=device._weights)
     with jax.set_mesh(engine.mesh):
         return waits(decode_chunk, *given, **options)
 
@@ -67,14 +67,14 @@ def lockstep(model: Model, params) -> dict:
     with jax.set_mesh(mesh):
         params = jax.device_put(params, shardings_of(model.logical_axes, mesh))
         prompts = jax.device_put(prompts, batch_sharding(mesh))
-        layers = for_decoding(params, model)
+        weights = for_decoding(params, model)
         given = model, params, prompts, key
-        found = generate(*given, settings=settings, layers=layers)
-        waiting = waits(generate, *given, settings=settings, layers=layers)
+        found = generate(*given, settings=settings, weights=weights)
+        waiting = waits(generate, *given, settings=settings, weights=weights)
     lengths = np.asarray(expected.response_mask).sum(axis=1).reshape(8, -1).max(axis=1)
     memories = [
         len({shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards})
-        for leaf in jax.tree.leaves(layers)
+        for leaf in jax.tree.leaves(weights)
     ]
     return {
         "same_tokens": np.array_equal(found.response_tokens, expected.response_tokens),

@@ -10,7 +10,7 @@ from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model, full_forward
 from dppo_jax.models.products import PANEL, Panels
 from dppo_jax.rollout_policy import chooser, int8_weights
-from dppo_jax.sampling import layers
+from dppo_jax.sampling import weights
 from dppo_jax.sampling.engine import Engine, EngineConfig
 from dppo_jax.sampling.requests import SamplingParams
 
@@ -26,28 +26,28 @@ def wide():
     return model, model.init(jax.random.key(0))
 
 
-def kinds(cut) -> dict[str, type]:
-    return {name: type(param[...]) for name, param in cut[0].items()}
+def kinds(weights) -> dict[str, type]:
+    return {name: type(param[...]) for name, param in weights.layers[0].items()}
 
 
 def test_small_wide_matrices_are_in_panels(wide, monkeypatch):
     model, params = wide
-    found = kinds(layers.for_decoding(params, model))
+    found = kinds(weights.for_decoding(params, model))
     in_panels = {name for name, kind in found.items() if kind is Panels}
     assert in_panels == {"q", "o", "gate", "up", "down"}  # k and v have 48 columns
     assert WIDE.kv_heads * WIDE.head_size < PANEL
-    monkeypatch.setattr(layers, "LARGEST", 96 * 96)
-    layers.cut_layers.clear_cache()
-    smaller = kinds(layers.for_decoding(params, model))
+    monkeypatch.setattr(weights, "LARGEST", 96 * 96)
+    weights.copied.clear_cache()
+    smaller = kinds(weights.for_decoding(params, model))
     assert {name for name, kind in smaller.items() if kind is Panels} == {"q", "o"}
-    layers.cut_layers.clear_cache()
+    weights.copied.clear_cache()
 
 
 def test_int8_weights_stay_as_they_are(wide):
     model, params = wide
     choose = chooser(int8_weights(), remembers=False)
     int8, _ = choose((), params, jnp.int32(0), jax.random.key(1))
-    found = kinds(layers.for_decoding(int8, model))
+    found = kinds(weights.for_decoding(int8, model))
     assert found["q"] is QArray and Panels not in found.values()
 
 

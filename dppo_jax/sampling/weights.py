@@ -1,9 +1,10 @@
 """A model's weights as decoding reads them: a layer at a time, in each step of a loop."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -11,11 +12,17 @@ from dppo_jax.models.block import MATRICES, Block
 from dppo_jax.models.decoder import Decoder, Model, Params
 from dppo_jax.models.products import PANEL, in_panels
 
-Layers = list[Any]  # the weights of each layer
 LARGEST = 2**18  # numbers of a matrix in panels
 
 
-def _cut(decoder: Decoder) -> Layers:
+class Weights(NamedTuple):
+    """A copy of a model's parameters, for decoding."""
+
+    outside: Params  # of the layers
+    layers: list[Any]
+
+
+def _cut(decoder: Decoder) -> list[Any]:
     _, stacked = nnx.split(decoder.blocks)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(decoder.config.layers)]
 
@@ -35,20 +42,25 @@ def _panelled(layer: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cut, layer, is_leaf=is_param)
 
 
-def blocks_of(decoder: Decoder, layers: Layers | None) -> list[Block]:
-    """The decoder's blocks, of these weights; None: cut here, a copy, of the stacked ones.
+def bound(model: Model, params: Params, weights: Weights | None) -> tuple[Decoder, list[Block]]:
+    """The decoder and its blocks, of these weights; None: of the parameters, cut here, a copy.
 
     To be asked before a loop, which then reads weights and copies none.
     """
+    decoder = model.bind(params | weights.outside if weights else params)
     graphdef, _ = nnx.split(decoder.blocks)
-    return [nnx.merge(graphdef, layer) for layer in layers or _cut(decoder)]
+    layers = weights.layers if weights else _cut(decoder)
+    return decoder, [nnx.merge(graphdef, layer) for layer in layers]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "panels"))
-def cut_layers(params: Params, *, model: Model, panels: bool) -> Layers:
-    """A copy of each layer's weights, with `panels` in those."""
+def copied(params: Params, *, model: Model, panels: bool) -> Weights:
+    """A copy of the parameters, each layer's by itself, with `panels` in those."""
     layers = _cut(model.bind(params))
-    return [_panelled(layer) for layer in layers] if panels else layers
+    outside = {
+        name: jax.tree.map(jnp.copy, part) for name, part in params.items() if name != "blocks"
+    }
+    return Weights(outside, [_panelled(layer) for layer in layers] if panels else layers)
 
 
 def one_copy(tree: Any) -> Any:
@@ -73,13 +85,13 @@ def one_copy(tree: Any) -> Any:
     return jax.tree.map(shared, tree)
 
 
-def for_decoding(params: Params, model: Model) -> Layers | None:
-    """The `layers` to decode with: on CPUs cut once and in one copy, in `Panels` where no mesh
-    splits them; else None.
+def for_decoding(params: Params, model: Model) -> Weights | None:
+    """The `weights` to decode with: on CPUs a copy made once, which all devices share, its layers
+    in `Panels` where no mesh splits them; else None.
 
-    Accelerators, whose memory is dear, cut them in each call.
+    Accelerators, whose memory is dear, cut the layers in each call.
     """
     if jax.default_backend() != "cpu":
         return None
     panels = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
-    return one_copy(cut_layers(params, model=model, panels=panels))
+    return one_copy(copied(params, model=model, panels=panels))
