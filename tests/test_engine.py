@@ -15,6 +15,7 @@ from dppo_jax.metrics import CompilationCounter
 from dppo_jax.models.decoder import Model, full_forward
 from dppo_jax.models.llama2c import read_llama2c
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP
+from dppo_jax.sampling import engine_inputs
 from dppo_jax.sampling.engine import Engine, EngineConfig
 from dppo_jax.sampling.engine_inputs import (
     Shape,
@@ -463,7 +464,10 @@ def test_contradictions_are_one_line(tiny, change, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("waiting", "rows"), [(1, [1]), (3, [4]), (5, [16]), (17, [16, 1])])
+@pytest.mark.parametrize(
+    ("waiting", "rows"),
+    [(1, [1]), (2, [1, 1]), (3, [4]), (5, [4, 1]), (10, [4, 4, 1, 1]), (15, [16]), (17, [16, 1])],
+)
 def test_few_prompts_do_not_pay_for_all_rows(waiting, rows):
     config = EngineConfig(slots=16, max_context=32, prefill_buckets=(32,), prefill_tokens=512)
     jobs = [
@@ -474,6 +478,12 @@ def test_few_prompts_do_not_pay_for_all_rows(waiting, rows):
     assert [job for call in calls for job in call.jobs.values()] == jobs
     compiled = {len(call.arrays["tokens"]) for call in empty_calls(config, Shape(1, 64, 2))}
     assert compiled == {1, 4, 16}
+
+
+def test_where_weights_are_dear_to_read_calls_are_few(monkeypatch):
+    monkeypatch.setitem(engine_inputs.CALL_TOKENS, "cpu", 240)
+    assert engine_inputs.rows_of_calls(10, [1, 4, 16], 32) == [16]
+    assert engine_inputs.rows_of_calls(10, [1, 4, 16], 512) == [4, 4, 1, 1]
 
 
 SMALL = dataclasses.replace(CONFIG, slots=2, max_context=16, prefill_buckets=(16,))
