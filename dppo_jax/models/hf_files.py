@@ -6,6 +6,7 @@ tensor is a view of the mapped file, and a torn file is reported by the tensor t
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +54,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
         return tensors_of(single)
     try:
-        listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text())["weight_map"]
+        listed = {name: str(file) for name, file in weight_map.items()}
         files = sorted(set(listed.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of safetensors files") from error
@@ -80,20 +82,20 @@ def tensors_of(path: Path) -> dict[str, Stored]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             return {name: _stored(path, 8 + length, size, name, x) for name, x in header.items()}
-        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} has a header that is not JSON") from error
 
 
 def _stored(path: Path, start: int, size: int, name: str, entry: dict) -> Stored:
     try:
-        kind, shape = entry["dtype"], tuple(map(int, entry["shape"]))
+        kind, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
         begin, end = map(int, entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: the header's entry for {name} is damaged") from error
     if kind not in DTYPES:
         raise ValueError(f"{path}: {name} is of type {kind}; known are {', '.join(DTYPES)}")
     dtype = DTYPES[kind]
-    if begin < 0 or min(shape, default=1) < 0 or end - begin != np.prod(shape) * dtype.itemsize:
+    if begin < 0 or min(shape, default=1) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{path}: {name} has offsets that do not fit its shape {shape}")
     if start + end > size:
         raise ValueError(f"{path} is cut off: it ends inside or before {name}")
@@ -113,7 +115,7 @@ def write_tensors(
     One file, or several with an index where the numbers exceed `largest_file` bytes.
     """
     numbers = DTYPES[NAMES[dtype]]
-    sizes = {name: int(np.prod(shape)) * numbers.itemsize for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) * numbers.itemsize for name, shape in shapes.items()}
     groups: list[list[str]] = [[]]
     for name, size in sizes.items():
         if groups[-1] and sum(sizes[other] for other in groups[-1]) + size > largest_file:
@@ -141,7 +143,7 @@ def write_file(
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
     begin = 0
     for name, shape in shapes.items():
-        end = begin + int(np.prod(shape)) * numbers.itemsize
+        end = begin + math.prod(shape) * numbers.itemsize
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header).encode()

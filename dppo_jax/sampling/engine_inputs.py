@@ -26,7 +26,7 @@ from dppo_jax.sampling.segments import (
 )
 from dppo_jax.sampling.sequences import Sample
 
-# Tokens that take as long as what a call of `prefill` costs beside its own. A CPU's were measured in
+# Tokens that take as long as what a call of `prefill` costs beside its own. A CPU's: measured in
 # a run (1, 4 and 16 rows of 32 tokens: 7.7, 20 and 57 ms; 4 layers of width 256); an accelerator
 # multiplies some 240 tokens while it reads the weights.
 CALL_TOKENS = {"cpu": 60, "accelerator": 240}
