@@ -215,6 +215,15 @@ def test_bad_files_are_refused_and_leave_nothing(dppo, tmp_path, file, content, 
     assert not (tmp_path / "data").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_told(dppo, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    result = dppo("data", "prepare", "arithmetic", "--data-dir", taken)
+    assert result.status == 2 and result.err.count("\n") == 1
+    assert f"cannot be written to {taken} (" in result.err and "another data folder" in result.err
+    assert taken.read_text() == "a file"
+
+
 def test_the_command_prepares_your_own_rows(dppo, tmp_path):
     jsonl(tmp_path / "q.jsonl", OWN, OWN)
     flags = ("--jsonl", tmp_path / "q.jsonl", "--prompt-field", "q", "--data-dir", tmp_path)

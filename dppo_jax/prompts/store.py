@@ -105,10 +105,13 @@ def _store(name: str, data_dir: str | Path, read: Read) -> Prepared:
     if not reused:
         try:
             _write(name, data_dir, splits, fingerprint)
-        except OSError:
+        except OSError as error:
             # Another process may have prepared it meanwhile: a rename cannot replace its folder.
             if not path.exists():
-                raise
+                reason = error.strerror or error
+                raise PromptFileError(
+                    f"{name} cannot be written to {data_dir} ({reason}): choose another data folder"
+                ) from error
     metadata = _open(path).info.metadata or {}
     if metadata.get("fingerprint") != fingerprint:
         raise PromptFileError(
