@@ -56,7 +56,7 @@ class Conversation(NamedTuple):
     """All samples of a prompt, and what they took."""
 
     samples: list[Sample]
-    seconds: float
+    seconds: float  # without those of compiling
 
     @property
     def tokens(self) -> int:
@@ -85,21 +85,18 @@ class Conversation(NamedTuple):
 
 
 def engine_for(policy: StoredPolicy, tokens: int, samples: int, mesh: Mesh) -> Engine:
-    """An engine with room for so many samples of so many tokens, prompt included, compiled."""
-    size = 16
+    """An engine with room for so many samples of so many tokens, prompt included.
+
+    It compiles as the answers grow: most end long before there are so many tokens.
+    """
     config = EngineConfig(
         slots=min(samples, 16),
         max_context=tokens,
         chunk=CHUNK,
-        page_size=size,
-        prefill_buckets=(-(-tokens // size) * size,),
         prefix_cache=False,
         top_k_capture=1,
     )
-    engine = Engine(policy.model, config, mesh if mesh.size > 1 else None, policy.tokenizer.decode)
-    with jax.set_mesh(mesh):
-        engine.warm_up(policy.params)
-    return engine
+    return Engine(policy.model, config, mesh if mesh.size > 1 else None, policy.tokenizer.decode)
 
 
 def converse(
@@ -122,7 +119,7 @@ def converse(
         engine.submit(ids, sampling)
         for number, pieces in _in_order(engine, policy, samples):
             show(number, pieces)
-    return Conversation(samples, time.monotonic() - began)
+    return Conversation(samples, time.monotonic() - began - engine.stats.compile_seconds)
 
 
 def _in_order(

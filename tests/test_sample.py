@@ -7,6 +7,7 @@ import jax
 import pytest
 from test_streaming import by_bytes  # noqa: F401  a fixture
 
+from dppo_jax import conversation
 from dppo_jax.console import SHADES, Console
 from dppo_jax.conversation import Sample
 from dppo_jax.hf_exchange import write_folder
@@ -14,6 +15,9 @@ from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.decoder import Model
 from dppo_jax.models.hf_config import to_json
 from dppo_jax.prompts.streaming import TextStream
+from dppo_jax.sampling.requests import SamplingParams
+from dppo_jax.sharding import MeshConfig
+from dppo_jax.stored_policy import of_folder
 
 ASK = ("--prompt", "12*34=", "--max-new-tokens", "6")
 
@@ -63,6 +67,25 @@ def test_a_run_a_recipe_and_a_folder_answer(dppo, toy_recipe, run, folder):
     assert again["samples"] == found["folder"]["samples"]
     assert found["run"]["samples"] != found["recipe"]["samples"]  # one step was trained
     assert len({sample["text"] for sample in found["run"]["samples"]}) > 1
+
+
+def test_a_short_answer_compiles_little_whatever_it_might_have_taken(folder, monkeypatch):
+    mesh = MeshConfig().build()
+    policy = of_folder(folder, mesh)
+    end = policy.tokenizer.end_id
+    sampling = SamplingParams(max_new_tokens=5000, stop_ids=(end,), logit_bias=((end, 100.0),))
+    engines, engine_for = [], conversation.engine_for
+
+    def kept(*arguments):
+        engines.append(engine_for(*arguments))
+        return engines[-1]
+
+    monkeypatch.setattr(conversation, "engine_for", kept)
+    done = conversation.converse(policy, "12*34=", sampling, mesh)
+    assert done.tokens == 1 and done.seconds > 0
+    stats = engines[0].stats
+    # the copy of the weights, a prefill, its hidden states' places, a decoding loop
+    assert stats.compilations <= 4 and stats.compile_seconds > 0
 
 
 def test_what_people_see(dppo, run):

@@ -192,7 +192,7 @@ class Engine:
         if scheduler.running:
             events += self._decode(params, policy_version)
         stats.preemptions, stats.cached_tokens = scheduler.preemptions, scheduler.cached_tokens
-        stats.compilations = self._device.compilations
+        self._count_compilations()
         return events
 
     def warm_up(self, params: Params) -> None:
@@ -202,7 +202,11 @@ class Engine:
         """
         self._notice(params, self._version)
         self._device.warm_up(params)
+        self._count_compilations()
+
+    def _count_compilations(self) -> None:
         self.stats.compilations = self._device.compilations
+        self.stats.compile_seconds = self._device.compile_seconds
 
     def _request(self, prompt: Prompt, sampling: SamplingParams) -> Request:
         self._requests += 1

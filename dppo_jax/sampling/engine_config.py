@@ -81,6 +81,7 @@ class Stats:
     """Counts since the engine was made."""
 
     compilations: int = 0  # of its programs; none after `warm_up`
+    compile_seconds: float = 0.0
     chunks: int = 0
     prefill_tokens: int = 0  # computed; padding left out
     cached_tokens: int = 0  # of prompts, found in the prefix cache

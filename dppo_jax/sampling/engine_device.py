@@ -74,7 +74,7 @@ class EngineDevice:
         self.model, self.config, self.mesh = model, c, mesh
         self.shards = shards_of(model.config, c, mesh)
         self.shape = shape_of(c, model.config, self.shards)
-        self.compilations = 0
+        self.compilations, self.compile_seconds = 0, 0.0
         self._programs = programs_of(model.config, c, mesh, jax.default_backend())
         # Born as the programs give them back, so that the second call compiles nothing.
         with self._on_mesh():
@@ -165,12 +165,15 @@ class EngineDevice:
         return chunk
 
     def _counted(self, program: Any, *args, compiled: Any = None, **kwargs):
-        """What a program gives, or a function that calls `compiled`."""
+        """What a program gives, or a function that calls `compiled`; a call compiles, and returns
+        before anything is computed."""
         compiled = compiled or program
-        before = compiled._cache_size()
+        before, began = compiled._cache_size(), time.monotonic()
         with self._on_mesh():
             out = program(*args, **kwargs)
-        self.compilations += compiled._cache_size() - before
+        if new := compiled._cache_size() - before:
+            self.compilations += new
+            self.compile_seconds += time.monotonic() - began
         return out
 
     def _on_mesh(self):
