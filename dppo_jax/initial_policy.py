@@ -49,13 +49,23 @@ class InitialContext:
 InitialPolicy = Callable[[InitialContext], Params]
 
 
-def reporter(console: Console, preemption: Preemption) -> Report:
-    """Shows a warm start's steps, and ends it in all processes where one was asked to stop."""
+def shown_on(console: Console) -> Report:
+    """Shows a warm start's steps."""
     started = time.monotonic()
 
     def report(step: int, steps: int, loss: float) -> None:
         left = (time.monotonic() - started) / step * (steps - step)
         console.step("warm start", step, steps, {"nll": f"{loss:.3f}"}, seconds_left=left)
+
+    return report
+
+
+def reporter(console: Console, preemption: Preemption) -> Report:
+    """Shows them, and ends the warm start in all processes where one was asked to stop."""
+    show = shown_on(console)
+
+    def report(step: int, steps: int, loss: float) -> None:
+        show(step, steps, loss)
         if preemption.anywhere():
             raise Preempted(
                 f"asked to stop in step {step} of {steps} of the warm start: nothing is kept of it,"

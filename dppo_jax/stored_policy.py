@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from dppo_jax import lora_run
 from dppo_jax.config import Recipe
 from dppo_jax.hf_exchange import ORIGIN, is_hf, load_model, read_hf
-from dppo_jax.initial_policy import InitialContext
+from dppo_jax.initial_policy import InitialContext, Report
 from dppo_jax.models.decoder import Model, Params
 from dppo_jax.models.hf_config import config_of
 from dppo_jax.prompts import templates
@@ -30,8 +30,8 @@ class StoredPolicy(NamedTuple):
     sampling: SamplingConfig | None
 
 
-def of_recipe(recipe: Recipe, mesh: Mesh) -> StoredPolicy:
-    """The policy that a run of the recipe starts with."""
+def of_recipe(recipe: Recipe, mesh: Mesh, report: Report) -> StoredPolicy:
+    """The policy that a run of the recipe starts with; `report` is told of a warm start's steps."""
     found = recipe.arguments(
         "model", "tokenizer", "initial_policy", "dataset", "data_dir", "max_prompt_tokens",
         "sampling", "seed", "lora",
@@ -41,7 +41,7 @@ def of_recipe(recipe: Recipe, mesh: Mesh) -> StoredPolicy:
     source: Sequence[Example] = load_train(found["dataset"], found["data_dir"])
     context = InitialContext(
         model, mesh, key, found["tokenizer"], source, found["max_prompt_tokens"],
-        found["sampling"].max_new_tokens, lambda step, of, loss: None,
+        found["sampling"].max_new_tokens, report,
     )  # fmt: skip
     with jax.set_mesh(mesh):
         parts = lora_run.begin(model, found["initial_policy"](context), key, mesh)

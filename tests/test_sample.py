@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import pytest
@@ -98,6 +99,15 @@ def test_what_people_see(dppo, run):
         and f"{answers['tokens']} tokens in " in shown.out
         and "tokens/s" in shown.out
     )
+
+
+def test_a_warm_start_is_seen(dppo):
+    """Whoever asks a recipe waits for the policy that it begins with."""
+    recipe = Path(__file__).parents[1] / "configs/recipes/arithmetic_cpu.gin"
+    brief = "--gin.initial_policy.warm_started_policy.steps=2"
+    shown = dppo("sample", recipe, *ASK, brief)
+    assert shown.status == 0 and shown.out.startswith("warm start 2/2  nll "), shown.err
+    assert "warm start" not in dppo("sample", recipe, *ASK, brief, "--json").out
 
 
 def test_pieces_are_coloured_by_probability(capsys):

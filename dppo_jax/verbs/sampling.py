@@ -56,7 +56,11 @@ def _sample(options: argparse.Namespace) -> None:
     )
     SamplingParams(max_new_tokens=1, **asked)  # before anything is read
     mesh = MeshConfig().build()
-    policy = _open(options, mesh)
+    console = Console(quiet=options.json)
+    try:
+        policy = _open(options, mesh, console)
+    finally:
+        console.finish_line()  # which has hidden the cursor
     usual = policy.sampling
     temperature, budget = options.temperature, options.max_new_tokens
     if temperature is None:
@@ -69,7 +73,6 @@ def _sample(options: argparse.Namespace) -> None:
         stop_ids=(policy.tokenizer.end_id,),
         **asked,
     )
-    console = Console(quiet=options.json)
     latest = -1
 
     def show(number: int, pieces: list[Piece]) -> None:
@@ -89,8 +92,9 @@ def _sample(options: argparse.Namespace) -> None:
     console.say(f"\n{done.tokens} tokens in {done.seconds:.2f} s, {speed}")
 
 
-def _open(options: argparse.Namespace, mesh: Any) -> Any:
+def _open(options: argparse.Namespace, mesh: Any, console: Any) -> Any:
     from dppo_jax.config import load_recipe, split_overrides
+    from dppo_jax.initial_policy import shown_on
     from dppo_jax.stored_policy import of_folder, of_recipe, of_run
     from dppo_jax.train import train
 
@@ -100,7 +104,7 @@ def _open(options: argparse.Namespace, mesh: Any) -> Any:
     if options.chat and (place.suffix == ".gin" or recipe.is_file()):
         raise ValueError(f"{place}: a recipe asks in its own template: leave --chat out")
     if place.suffix == ".gin":
-        return of_recipe(load_recipe(place, train, overrides, GIVEN), mesh)
+        return of_recipe(load_recipe(place, train, overrides, GIVEN), mesh, shown_on(console))
     if not place.is_dir():
         raise FileNotFoundError(f"{place}: no such recipe, run or folder")
     if recipe.is_file():
