@@ -56,7 +56,8 @@ class Conversation(NamedTuple):
     """All samples of a prompt, and what they took."""
 
     samples: list[Sample]
-    seconds: float  # without those of compiling
+    seconds: float  # beside those of compiling
+    compile_seconds: float
 
     @property
     def tokens(self) -> int:
@@ -81,6 +82,7 @@ class Conversation(NamedTuple):
             "tokens": self.tokens,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
+            "compile_seconds": self.compile_seconds,
         }
 
 
@@ -119,7 +121,8 @@ def converse(
         engine.submit(ids, sampling)
         for number, pieces in _in_order(engine, policy, samples):
             show(number, pieces)
-    return Conversation(samples, time.monotonic() - began - engine.stats.compile_seconds)
+    compiling = engine.stats.compile_seconds
+    return Conversation(samples, time.monotonic() - began - compiling, compiling)
 
 
 def _in_order(

@@ -89,7 +89,8 @@ def _sample(options: argparse.Namespace) -> None:
     if options.logprobs:
         console.legend()
     speed = f"{done.tokens / done.seconds:,.0f} tokens/s"
-    console.say(f"\n{done.tokens} tokens in {done.seconds:.2f} s, {speed}")
+    compiling = f"and {done.compile_seconds:.1f} s compiling"
+    console.say(f"\n{done.tokens} tokens in {done.seconds:.2f} s, {speed}, {compiling}")
 
 
 def _open(options: argparse.Namespace, mesh: Any, console: Any) -> Any:
