@@ -165,8 +165,10 @@ class EngineDevice:
         return chunk
 
     def _counted(self, program: Any, *args, compiled: Any = None, **kwargs):
-        """What a program gives, or a function that calls `compiled`; a call compiles, and returns
-        before anything is computed."""
+        """What a program gives, or a function that calls `compiled`.
+
+        All the time of a call that compiles counts as compiling: what it starts runs on after it.
+        """
         compiled = compiled or program
         before, began = compiled._cache_size(), time.monotonic()
         with self._on_mesh():
