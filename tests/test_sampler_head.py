@@ -271,6 +271,32 @@ def test_the_streamed_form_records_what_the_plain_form_does(small_chunks, vocab,
     np.testing.assert_array_equal(ours.token, want.token)
 
 
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-8, 1e-20, 1e-37])
+def test_the_streamed_form_at_low_temperatures(small_chunks, temperature, rows):
+    """Far from 0, where a quotient by the temperature has no digits left for differences."""
+    rng = np.random.default_rng(5)
+    logits = (30 + rng.normal(size=(5, 300)) / 100).astype(np.float32)
+    below = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        p = np.exp(below / temperature)
+    asked = jnp.full((5,), temperature) if rows else temperature
+    run = jax.jit(lambda *args: streamed(*args, temperature=asked, top_k_capture=6, bins=24))
+    ours, exact, complete = run(*head_of(logits), numbers(jax.random.key(0), 5))
+    assert exact.all() and complete.all()
+    logp = np.log(np.maximum(p / p.sum(axis=1, keepdims=True), 1e-300))
+    drawn_logp = logp[np.arange(5), np.asarray(ours.token)]
+    np.testing.assert_allclose(ours.logp, drawn_logp, rtol=1e-5, atol=1e-5)
+    top = np.take_along_axis(logp, np.asarray(ours.topk_ids), axis=1)
+    likely = top > -80  # beyond, float32 may hold nothing
+    np.testing.assert_allclose(ours.topk_logp[likely], top[likely], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        ours.entropy, -(p / p.sum(1, keepdims=True) * logp).sum(1), atol=1e-5
+    )
+    if temperature < 1e-3:
+        np.testing.assert_array_equal(ours.token, logits.argmax(axis=1))
+
+
 def test_rows_that_the_candidates_would_miss(small_chunks):
     """The six largest in one bin of depth 4: told, and repaired. So with -inf among the K."""
     logits = np.random.default_rng(0).normal(size=(3, 300))

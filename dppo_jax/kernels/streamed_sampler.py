@@ -56,13 +56,13 @@ class _Groups(NamedTuple):
     token: Int[Array, "B G"]
     logit: Float[Array, "B G"]
     m: Float[Array, "B G"]  # the largest logit up to the group
-    mass: Float[Array, "B G"]  # Σ e^(z-m) of the group
+    mass: Float[Array, "B G"]  # Σ e^((z-m)/T) of the group
 
 
 class _State(NamedTuple):
     m: Float[Array, " B"]  # max z
-    s: Float[Array, " B"]  # Σ e^(z-m)
-    t: Float[Array, " B"]  # Σ (z-m) e^(z-m)
+    s: Float[Array, " B"]  # Σ e^((z-m)/T)
+    t: Float[Array, " B"]  # Σ (z-m)/T e^((z-m)/T)
     groups: _Groups
     best: "_Candidates"
 
@@ -144,7 +144,8 @@ def streamed(
     Of equals at the K-th place, replay with top-k and top-p counts the mass of those within the K.
     """
     greedy = temperature == 0
-    transform = Transform(1.0 if isinstance(temperature, Array) else temperature or 1.0, soft_cap)
+    divisor = jnp.where(greedy, 1.0, jnp.asarray(temperature, jnp.float32))
+    transform = Transform(1.0, soft_cap)
     batch, vocabulary = len(hidden), len(unembedding)
     columns = group_columns(vocabulary)
     depth = 4 if top_k_capture <= 64 else 6
@@ -152,9 +153,12 @@ def streamed(
     def logits(index) -> tuple[Array, int | Array]:
         chunk = chunk_at(unembedding, index, columns)
         z = logits_of(contract(hidden, chunk.rows, 1, 1, jnp.float32), transform)
-        if isinstance(temperature, Array):
-            z /= jnp.where(greedy, 1.0, temperature)[:, None]
         return (z if chunk.fresh is None else jnp.where(chunk.fresh, z, -jnp.inf)), chunk.start
+
+    def below(z: Array, m: Float[Array, " B"]) -> Array:  # z of a row or of its columns
+        # The difference first: quotients by a low temperature have no digits left for it.
+        by_row = (-1,) + (1,) * (z.ndim - 1)
+        return (z - m.reshape(by_row)) / jnp.broadcast_to(divisor, m.shape).reshape(by_row)
 
     def drawn_within(z, e) -> Array:
         return within_group(e, numbers)
@@ -165,11 +169,13 @@ def streamed(
     def step(index, state: _State) -> _State:
         z, start = logits(index)
         m = jnp.maximum(state.m, z.max(axis=1))
-        e = jnp.exp(z - m[:, None])
-        scale = jnp.exp(state.m - m)
+        relative = below(z, m)
+        e = jnp.exp(relative)
+        change = jnp.maximum(below(state.m, m), LEAST_LOG_P)
+        scale = jnp.exp(change)
         here = e.sum(axis=1)
-        u = jnp.maximum(z - m[:, None], LEAST_LOG_P)
-        t = scale * (state.t + (state.m - m) * state.s) + (u * jnp.exp(u)).sum(axis=1)
+        u = jnp.maximum(relative, LEAST_LOG_P)
+        t = scale * (state.t + change * state.s) + (u * jnp.exp(u)).sum(axis=1)
         at = _by_row(greedy, most_likely, drawn_within)(z, e)
         logit = jnp.take_along_axis(z, at[:, None], axis=1)[:, 0]
         found = _Groups(start + at, logit, m, here)
@@ -204,7 +210,7 @@ def streamed(
         return over_chunks(merge, best, vocabulary, columns)
 
     groups = state.groups
-    of_all = groups.mass * jnp.exp(groups.m - state.m[:, None])
+    of_all = groups.mass * jnp.exp(below(groups.m, state.m))
     group = _by_row(
         greedy, lambda: jnp.argmax(groups.logit, axis=1), lambda: pick(of_all, numbers.group)
     )()
@@ -215,10 +221,9 @@ def streamed(
     logit, column, exact = state.best.top(top_k_capture)
     logit, column = lax.cond(jnp.all(exact), lambda: (logit, column), sorted_again)
     log_s = jnp.log(state.s)
-    # z - m first: m + log s would round away the digits of log s where |z| is large
-    logp = drawn_logit - state.m - log_s
-    topk_logp = logit - state.m[:, None] - log_s[:, None]
-    whole = Drawn(drawn_token, logp, column, topk_logp, log_s - state.t / state.s)
+    logp = below(drawn_logit, state.m) - log_s
+    top = below(logit, state.m)
+    whole = Drawn(drawn_token, logp, column, top - log_s[:, None], log_s - state.t / state.s)
     if raw_logp:
         whole = whole._replace(raw_logp=logp)
     if replay:
@@ -229,10 +234,10 @@ def streamed(
 
     def truncated() -> tuple[Drawn, Array]:
         listed, ids = (logit, column) if replay else state.best.all()
-        relative = listed - state.m[:, None]
+        relative = below(listed, state.m)
         beyond = jnp.maximum(state.s - jnp.exp(relative).sum(axis=1), 0.0)
-        least = threshold(listed, filters, beyond)
-        inside = listed >= least[:, None]
+        least = threshold(relative, filters, beyond)
+        inside = relative >= least[:, None]
         e = jnp.where(inside, jnp.exp(relative), 0.0)
         s = e.sum(axis=1)
         log_kept = jnp.log(s)
@@ -242,23 +247,22 @@ def streamed(
             rows, at = jnp.arange(batch), place_in_list(p, listed_ids, numbers, vocabulary)
             return listed_ids[rows, at], z[rows, at]
 
-        first = column[:, 0], logit[:, 0] - state.m
+        first = column[:, 0], top[:, 0]
         token, z = _by_row(greedy, lambda: first, drawn_from_list)()
         if replay:
             complete = everywhere & (filters.top_k <= top_k_capture)
         else:
-            complete = (least > jnp.max(state.best.dropped, axis=1)) & (
-                filters.top_k < listed.shape[1]
-            )
-        recorded = logit >= least[:, None]
-        top = jnp.where(recorded, logit - state.m[:, None] - log_kept[:, None], -jnp.inf)
+            dropped = below(jnp.max(state.best.dropped, axis=1), state.m)
+            complete = (least > dropped) & (filters.top_k < listed.shape[1])
+        recorded = top >= least[:, None]
+        topk_logp = jnp.where(recorded, top - log_kept[:, None], -jnp.inf)
         kept = jnp.sum(recorded, axis=1, dtype=jnp.int32)
         within = jnp.where(inside, e * relative, 0.0).sum(axis=1)
         drawn = Drawn(
             token,
             z - log_kept,
             column,
-            top,
+            topk_logp,
             log_kept - within / s,
             raw_logp=z - log_s if raw_logp else None,
             kept_count=kept if replay else None,
