@@ -5,9 +5,9 @@ the compiled text says of one step of the loop, in which nobody has asked for
 filters or penalties. The kernel counts every page of the pool once, and writing tokens to the pool
 counts as the pool twice although it is done in place.
 
-python tests/tpu_aot/compile_engine.py v5e:4x4 8 36 decode prefill
+python tests/tpu_aot/compile_engine.py v5e:4x4 8 36 151936 decode prefill
 
-The numbers: chips that share a copy of the weights, layers.
+The numbers: chips that share a copy of the weights, layers, vocabulary.
 """
 
 import dataclasses
@@ -43,8 +43,9 @@ BRANCHES = r"branch_computations=\{[^}]*?(%?[\w.\-]+)\}"
 SLOTS, CONTEXT, PAGE = 128, 2048, 32  # slots that share a copy of the weights
 
 
-def main(topology: str, tensor: int, layers: int, names: list[str]) -> dict:
-    config = dataclasses.replace(parse(CONFIGS["qwen3_8b"]), dtype="bfloat16", layers=layers)
+def main(topology: str, tensor: int, layers: int, vocabulary: int, names: list[str]) -> dict:
+    config = parse(CONFIGS["qwen3_8b"])
+    config = dataclasses.replace(config, dtype="bfloat16", layers=layers, vocab_size=vocabulary)
     mesh = MeshConfig(data=-1, fsdp=1, tensor=tensor).build(
         topologies.get_topology_desc(topology, platform="tpu").devices
     )
@@ -127,4 +128,4 @@ def main(topology: str, tensor: int, layers: int, names: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])))
+    print(json.dumps(main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5:])))

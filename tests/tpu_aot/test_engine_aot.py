@@ -19,10 +19,13 @@ pytestmark = [
 ]
 
 
-def compiled(topology: str, layers: int, *programs: str, tensor: int = 8) -> dict:
+def compiled(
+    topology: str, layers: int, *programs: str, tensor: int = 8, vocabulary: int = 151936
+) -> dict:
     paths = [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    sizes = [str(tensor), str(layers), str(vocabulary)]
     done = subprocess.run(
-        [sys.executable, HERE / "compile_engine.py", topology, str(tensor), str(layers), *programs],
+        [sys.executable, HERE / "compile_engine.py", topology, *sizes, *programs],
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
@@ -55,7 +58,7 @@ def test_decoding_of_one_layer_fits():
 
 
 def test_chips_with_a_copy_each_decode_alone():
-    found = compiled("v5e:2x2", 1, "decode", tensor=1)["decode"]
+    found = compiled("v5e:2x2", 1, "decode", tensor=1, vocabulary=8192)["decode"]
     assert found["kernels"] == 1 and not found["waits"]
 
 

@@ -33,21 +33,21 @@ CHIPS = ["v5e", "v5p", "v6e", "7x"]
 @pytest.mark.parametrize("chip", CHIPS)
 def test_forward_and_backward_need_a_tenth_of_the_logits_memory(chip):
     """On one device, and with the vocabulary over all devices of four chips."""
-    check_every_form(chip)
+    check_every_form(chip, SHAPES if chip == "v5e" else SHAPES[:1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_so_do_the_programs_that_users_run(chip):
-    """The same, compiled with XLA's whole effort."""
-    check_every_form(chip)
+    """The same, every shape compiled with XLA's whole effort."""
+    check_every_form(chip, SHAPES)
 
 
-def check_every_form(chip):
+def check_every_form(chip, shapes):
     units = {FORWARD: 2, "pallas_tpu": 8, "single_pass": 6}
     units |= {PARALLEL_FORWARD: 2, "parallel": 8, "parallel_single_pass": 6}
-    rows = compile_table((chip,), SHAPES, units)
-    assert len(rows) == len(SHAPES) * len(units)
+    rows = compile_table((chip,), shapes, units)
+    assert len(rows) == len(shapes) * len(units)
     for row in rows:
         print(row)
         assert row["fits"] and row["temporary_share"] <= LARGEST_SHARE
