@@ -213,7 +213,7 @@ def _seconds_of_parts(
     asked = jax.device_put(Prompts(tokens, jnp.ones_like(tokens, bool)), rows)
 
     def drawn():
-        weights = for_decoding(state.params, model)
+        weights = for_decoding(state.params, model, prompts * settings.samples_per_prompt)
         return generate(model, state.params, asked, key, settings=settings, weights=weights)
 
     rollout = drawn()

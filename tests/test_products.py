@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dppo_jax.models.products import PANEL, in_panels, product
+from dppo_jax.kernels import panels
+from dppo_jax.models.products import product
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(7, 3), (3, 7), (4, 4)])
@@ -29,11 +30,33 @@ def test_precision_and_batching_are_kept():
     np.testing.assert_array_equal(gradient(weight), 24)
 
 
-@pytest.mark.parametrize("outside", [1, PANEL, PANEL + 1, 3 * PANEL - 5])
-def test_panels_are_the_matrix(outside):
-    x, weight = jnp.arange(10.0).reshape(2, 5), jnp.arange(5.0 * outside).reshape(5, outside)
-    panels = in_panels(weight)
-    widths = [part.shape[1] for part in panels.parts]
-    assert sum(widths) == outside and max(widths) <= PANEL and set(widths[:-1]) <= {PANEL}
-    np.testing.assert_array_equal(product(x, panels), x @ weight)  # whole numbers: exact
-    assert product(x.astype(jnp.bfloat16), panels.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+@pytest.mark.parametrize("rows", [1, panels.FEW, panels.FEW + 1])
+@pytest.mark.parametrize(
+    ("cut", "outside"),
+    [
+        (panels.apart, panels.COLUMNS + 1),
+        (panels.apart, 3 * panels.COLUMNS - 5),
+        (panels.together, 2 * panels.COLUMNS),
+        (panels.together, 5 * panels.COLUMNS),
+    ],
+)
+def test_panels_are_the_matrix(cut, outside, rows):
+    x, weight = jnp.arange(5.0 * rows).reshape(rows, 5), jnp.arange(5.0 * outside).reshape(5, -1)
+    cut_up = cut(weight)
+    widths = [part.shape[-1] for part in cut_up.parts]
+    assert sum(widths) == outside == cut_up.columns and max(widths) <= panels.COLUMNS
+    np.testing.assert_array_equal(product(x, cut_up), x @ weight)  # whole numbers: exact
+    half = x.astype(jnp.bfloat16), cut_up.astype(jnp.bfloat16)
+    assert product(*half).dtype == jnp.bfloat16
+    summed = panels.product(*half, jnp.float32)
+    plain = jnp.dot(half[0], weight.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    assert summed.dtype == jnp.float32
+    np.testing.assert_allclose(summed, plain, rtol=1e-5)
+
+
+def test_what_is_no_panels_stays_as_it_is():
+    narrow, uneven = jnp.ones((5, panels.COLUMNS)), jnp.ones((5, 3 * panels.COLUMNS // 2))
+    large = jnp.ones((panels.LARGEST // panels.COLUMNS, 2 * panels.COLUMNS))
+    assert panels.apart(narrow) is panels.together(narrow) is narrow
+    assert panels.together(uneven) is uneven and len(panels.apart(uneven).parts) == 2
+    assert panels.apart(large) is large and panels.together(large) is not large

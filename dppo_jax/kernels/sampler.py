@@ -17,6 +17,7 @@ from dppo_jax.kernels import tiles
 from dppo_jax.kernels.columns import Columns
 from dppo_jax.kernels.drawing import Drawn, Numbers, draw, numbers
 from dppo_jax.kernels.filters import Filters
+from dppo_jax.kernels.panels import Panels, product
 from dppo_jax.kernels.rows import RowSampling, draw_rows, row_keys
 from dppo_jax.kernels.sharded import Layout, on_mesh
 from dppo_jax.kernels.streamed_sampler import rows_of, streamed
@@ -29,7 +30,7 @@ Form = Literal["plain", "streamed"]
 
 def sample(
     hidden: Float[Array, "B D"],
-    unembedding: Float[Array, "V D"],
+    unembedding: Float[Array, "V D"] | Panels,
     key: Array | Numbers,
     *,
     temperature: float,
@@ -85,7 +86,7 @@ def sample(
 
 def sample_rows(
     hidden: Float[Array, "B D"],
-    unembedding: Float[Array, "V D"],
+    unembedding: Float[Array, "V D"] | Panels,
     rows: RowSampling,
     position: Int[Array, " B"],
     history: Int[Array, "B H"] | None,
@@ -133,16 +134,16 @@ def sample_rows(
 
 def _on(layout: Layout | None, local: Callable, hidden, unembedding, by_row) -> Drawn:
     """local(hidden, unembedding, by_row, columns) on each device's part."""
-    vocabulary = len(unembedding)
+    vocabulary = _columns(unembedding)
     if layout is None:
         return local(hidden, unembedding, by_row, Columns(vocabulary))
-    layout.check(len(hidden), *unembedding.shape)
+    layout.check(len(hidden), vocabulary, hidden.shape[1])
     axis, mesh = layout.vocabulary, jax.sharding.get_abstract_mesh().axis_names
 
     def here(hidden, unembedding, by_row):
         columns = Columns(vocabulary)
         if axis is not None:
-            start = lax.axis_index(axis) * len(unembedding)
+            start = lax.axis_index(axis) * _columns(unembedding)
             columns = Columns(vocabulary, start, axis, mesh)
         return local(hidden, unembedding, by_row, columns)
 
@@ -150,7 +151,11 @@ def _on(layout: Layout | None, local: Callable, hidden, unembedding, by_row) -> 
     return on_mesh(here, specs, layout.rows)(hidden, unembedding, by_row)
 
 
-def _form(form: Form | None, unembedding: Float[Array, "V D"], columns: Columns) -> Form:
+def _columns(unembedding: Float[Array, "C D"] | Panels) -> int:
+    return unembedding.columns if isinstance(unembedding, Panels) else len(unembedding)
+
+
+def _form(form: Form | None, unembedding: Float[Array, "C D"] | Panels, columns: Columns) -> Form:
     if form not in (None, "plain", "streamed"):
         raise ValueError(f"unknown form {form!r} of the sampler's head; known: plain, streamed")
     if form == "streamed" and columns.axis is not None:
@@ -161,7 +166,7 @@ def _form(form: Form | None, unembedding: Float[Array, "V D"], columns: Columns)
     if form is not None:
         return form
     target = tiles.target()
-    large = len(unembedding) >= STREAM_FROM and columns.axis is None
+    large = _columns(unembedding) >= STREAM_FROM and columns.axis is None
     return "streamed" if large and target.platform == "tpu" and target.one_device else "plain"
 
 
@@ -171,7 +176,10 @@ def _mended(drawn: Drawn, wrong: Bool[Array, " B"], plain: Callable[[], Drawn]) 
 
 
 def _logits(
-    hidden: Float[Array, "B D"], unembedding: Float[Array, "C D"], soft_cap: float | None
+    hidden: Float[Array, "B D"], unembedding: Float[Array, "C D"] | Panels, soft_cap: float | None
 ) -> Float[Array, "B C"]:
-    logits = jnp.dot(hidden, unembedding.T, preferred_element_type=jnp.float32)
+    if isinstance(unembedding, Panels):
+        logits = product(hidden, unembedding, jnp.float32)
+    else:
+        logits = jnp.dot(hidden, unembedding.T, preferred_element_type=jnp.float32)
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)

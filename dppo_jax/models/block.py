@@ -9,12 +9,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from qwix import QArray, dequantize
 
+from dppo_jax.kernels.panels import Panels
 from dppo_jax.models.adapters import LoraConfig, adapter_of, add_adapter
 from dppo_jax.models.config import DecoderConfig
 from dppo_jax.models.expert_parallel import expert_mlps_on_mesh
 from dppo_jax.models.fsdp import with_whole
 from dppo_jax.models.moe import Load, route, stored_ids
-from dppo_jax.models.products import Panels, product
+from dppo_jax.models.products import product
 from dppo_jax.models.rope import Rope, rotate
 from dppo_jax.sharding import constrain
 

@@ -87,7 +87,8 @@ class EngineDevice:
     def use(self, params: Params) -> None:
         """To be told when there are other parameters."""
         self._weights = None  # the old ones go first
-        self._weights = self._counted(for_decoding, params, self.model, compiled=copied)
+        made = partial(for_decoding, params, self.model, self.config.slots)
+        self._weights = self._counted(made, compiled=copied)
 
     def warm_up(self, params: Params) -> None:
         """Compiles every program but those with a repetition penalty."""

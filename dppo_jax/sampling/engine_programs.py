@@ -30,7 +30,7 @@ from dppo_jax.sampling.paged_cache import (
     write_pages,
 )
 from dppo_jax.sampling.segments import Segments
-from dppo_jax.sampling.weights import Weights, bound
+from dppo_jax.sampling.weights import Weights, bound, unembedding_of
 from dppo_jax.sharding import constrain, on_each_copy, sampler_layout, viewed
 
 
@@ -208,7 +208,7 @@ def _drawn_chunk(
     slots: Slots,
 ) -> tuple[list[LayerPages], Float[Array, "B D"], Chunk]:
     (decoder, blocks), c = bound(model, params, weights), model.config
-    unembedding = constrain(decoder.unembedding_matrix(), "vocab", None)
+    unembedding = unembedding_of(decoder, weights)
     batch = len(slots.length)
     tables = rope_tables(c, programs.max_context)
     dtype = storage_dtype(c, programs.cache_dtype)

@@ -31,7 +31,7 @@ from dppo_jax.models.decoder import (
 from dppo_jax.models.rope import Rope
 from dppo_jax.records import FINISH_LENGTH, FINISH_STOP, Prompts, Rollout
 from dppo_jax.sampling.shared_prompts import LayerCache, attend_cache, grown
-from dppo_jax.sampling.weights import Weights, bound
+from dppo_jax.sampling.weights import Weights, bound, unembedding_of
 from dppo_jax.sharding import (
     batch_shards,
     constrain,
@@ -166,7 +166,7 @@ def _columns(
     if settings.dtype is not None:
         model = model.in_dtype(settings.dtype)
     decoder, blocks = bound(model, params, weights)
-    unembedding = constrain(decoder.unembedding_matrix(), "vocab", None)
+    unembedding = unembedding_of(decoder, weights)
     samples, length = settings.samples_per_prompt, settings.max_new_tokens
     prompt_lengths = jnp.repeat(positions_of(prompts.mask)[:, -1] + 1, samples)
     tables = rope_tables(model.config, prompts.tokens.shape[1] + length)

@@ -88,7 +88,8 @@ class Lockstep:
     ) -> Rollout:
         """See `RolloutSource`; the draws of a part depend on where it begins."""
         key = jax.random.fold_in(key, 2**31 + first) if first else key
-        weights = for_decoding(params, self._model)
+        sequences = len(prompts.tokens) * settings.samples_per_prompt
+        weights = for_decoding(params, self._model, sequences)
         return generate(self._model, params, prompts, key, settings=settings, weights=weights)
 
 

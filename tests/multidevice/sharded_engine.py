@@ -1,5 +1,6 @@
 """Run by test_sharded_engine.py in a process of eight CPU devices: both samplers on meshes."""
 
+import dataclasses
 import json
 
 import jax
@@ -55,9 +56,10 @@ def engine_waits(engine: Engine, params) -> bool:
         return waits(decode_chunk, *given, **options)
 
 
-def lockstep(model: Model, params) -> dict:
+def lockstep(model: Model, rows: int = 8) -> dict:
     """`generate` on one device, and on eight that have the parameters each."""
-    tokens = jnp.asarray([START[i:] + [0] * i for i in range(8)])[:, ::-1]
+    params = parameters(model)
+    tokens = jnp.asarray([START[i:] + [0] * i for i in range(rows)])[:, ::-1]
     prompts, key = Prompts(tokens, tokens > 0), jax.random.key(1)
     settings = SamplingConfig(
         max_new_tokens=12, samples_per_prompt=2, top_k_capture=3, end_ids=(2, 5, 9, 15)
@@ -66,12 +68,12 @@ def lockstep(model: Model, params) -> dict:
     mesh = MESHES["data 8"].build()
     with jax.set_mesh(mesh):
         params = jax.device_put(params, shardings_of(model.logical_axes, mesh))
-        prompts = jax.device_put(prompts, batch_sharding(mesh))
-        weights = for_decoding(params, model)
+        prompts = jax.device_put(prompts, batch_sharding(mesh) if rows == 8 else None)
+        weights = for_decoding(params, model, 2 * rows)
         given = model, params, prompts, key
         found = generate(*given, settings=settings, weights=weights)
         waiting = waits(generate, *given, settings=settings, weights=weights)
-    lengths = np.asarray(expected.response_mask).sum(axis=1).reshape(8, -1).max(axis=1)
+    lengths = np.asarray(expected.response_mask).sum(axis=1).reshape(rows, -1).max(axis=1)
     memories = [
         len({shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards})
         for leaf in jax.tree.leaves(weights)
@@ -83,15 +85,22 @@ def lockstep(model: Model, params) -> dict:
         "lengths": sorted(set(lengths.tolist())),
         "waits": waiting,
         "memories": memories,
+        "panels": weights.unembedding is not None,
     }
+
+
+def parameters(model: Model):
+    return jax.tree.map(lambda leaf: leaf * 1.6, jax.jit(model.init)(jax.random.key(0)))
 
 
 def main() -> dict:
     model = Model(MODEL)
-    params = jax.tree.map(lambda leaf: leaf * 1.6, jax.jit(model.init)(jax.random.key(0)))
+    params = parameters(model)
     engine = Engine(model, CONFIG)
     expected = engine.generate(params, PROMPTS, SAMPLING)
-    found: dict = {"lockstep": lockstep(model, params)}
+    wide = Model(dataclasses.replace(MODEL, vocab_size=128, mlp_width=128))
+    found: dict = {"lockstep": lockstep(model), "panels": lockstep(wide)}
+    found["uneven"] = lockstep(wide, rows=3)  # eight devices do not divide them
     for name, mesh_config in MESHES.items():
         mesh = mesh_config.build()
         placed = jax.device_put(params, shardings_of(model.logical_axes, mesh))

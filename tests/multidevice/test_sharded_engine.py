@@ -30,16 +30,19 @@ def test_the_mesh_changes_no_token(found, mesh):
     assert one["waits"] == (mesh != "data 8")
 
 
-def test_devices_with_a_copy_each_draw_alone(found):
-    one = found["lockstep"]
+@pytest.mark.parametrize("case", ["lockstep", "panels", "uneven"])
+def test_devices_with_a_copy_each_draw_alone(found, case):
+    one = found[case]
     assert one["same_tokens"] and one["same_ends"]
     assert one["logp_difference"] < 1e-4
-    assert len(one["lengths"]) > 2
+    assert len(one["lengths"]) > 2 or case != "lockstep"
+    assert one["panels"] == (case != "lockstep")
     assert not one["waits"]
 
 
-def test_cpu_devices_read_the_same_weights(found):
-    assert set(found["lockstep"]["memories"]) == {1}
+@pytest.mark.parametrize("case", ["lockstep", "panels"])
+def test_cpu_devices_read_the_same_weights(found, case):
+    assert set(found[case]["memories"]) == {1}
 
 
 def test_heads_that_do_not_divide_are_refused(found):
