@@ -45,11 +45,11 @@ def sample(
 
     Logits are accumulated in float32. What is recorded is exact in either form; temperature 0,
     filters and `replay` as in `drawing.draw`. Forms: "plain" has all logits of a device's rows and
-    columns, several times; "streamed" never, but where filters without replay keep more than its
-    candidates hold: it then draws those rows plainly. None chooses: streamed for a large vocabulary
-    that a TPU has whole, plain elsewhere. `layout` lays rows and vocabulary out on the mesh that is
-    set. One key, or its `drawing.numbers`, gives the same tokens in either form and on any mesh,
-    but for rounding.
+    columns, several times, and takes `Panels` of the matrix' transpose in its place; "streamed"
+    never has them, but where filters without replay keep more than its candidates hold: it then
+    draws those rows plainly. None chooses: streamed for a large vocabulary that a TPU has whole,
+    plain elsewhere. `layout` lays rows and vocabulary out on the mesh that is set. One key, or its
+    `drawing.numbers`, gives the same tokens in either form and on any mesh, but for rounding.
 
     Raises:
       ValueError: an unknown form, "streamed" where the vocabulary is split, or sizes that the mesh
