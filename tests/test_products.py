@@ -45,6 +45,7 @@ def test_panels_are_the_matrix(cut, outside, rows):
     cut_up = cut(weight)
     widths = [part.shape[-1] for part in cut_up.parts]
     assert sum(widths) == outside == cut_up.columns and max(widths) <= panels.COLUMNS
+    assert set(widths[:-1]) <= {panels.COLUMNS}
     np.testing.assert_array_equal(product(x, cut_up), x @ weight)  # whole numbers: exact
     half = x.astype(jnp.bfloat16), cut_up.astype(jnp.bfloat16)
     assert product(*half).dtype == jnp.bfloat16

@@ -1,8 +1,9 @@
 """A matrix as a CPU reads it fastest for few rows: in panels of columns, each in one piece.
 
 Products of few rows wait for the weights, and these come faster where columns that are read
-together lie together. On two cores of an AMD EPYC, of 16 MB of weights, 8 rows took 0.7 of the time
-of whole matrices by a product a panel, 0.5 by one of all panels; 32 rows 0.9 by a product a panel.
+together lie together. On two cores of an AMD EPYC, of 16 MB of weights, 8 rows took 0.7 to 0.8 of
+the time of whole matrices by a product a panel, 0.4 to 0.65 by one of all panels; 32 rows 0.85 to
+0.95 by a product a panel, and more than 1 by one of all.
 """
 
 from dataclasses import dataclass

@@ -23,8 +23,8 @@ class Weights(NamedTuple):
     """A copy of what a model reads for each token."""
 
     layers: list[Any]
-    unembedding: Panels | None  # None: in the parameters
-    outside: Params  # parameters that are not of the layers, where the unembedding is one
+    unembedding: Panels | None  # None: it is read from `outside`
+    outside: Params  # all parameters but the layers'; empty beside an unembedding in panels
 
 
 def _layers(decoder: Decoder) -> list[Any]:
@@ -69,7 +69,7 @@ def copied(params: Params, *, model: Model, cut: Cut | None) -> Weights:
     layers = _layers(decoder)
     if cut is not None:
         layers = [_each_matrix(cut, layer) for layer in layers]
-    if cut is panels.together:
+    if cut is panels.together:  # apart gains nothing there
         unembedding = cut(decoder.stored_unembedding().T)
         if isinstance(unembedding, Panels):
             return Weights(layers, unembedding, {})
