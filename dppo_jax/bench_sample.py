@@ -48,14 +48,16 @@ class Shape:
     response_length: int
     slots: int
     tail_median: int = 0  # 0: every response has response_length tokens
+    chunk: int = 64  # tokens a slot draws before the host looks
 
 
 # Of the comparison with other samplers, of continuous batching (as many responses as a step of the
-# paper's recipe has), and of an accelerator.
+# paper's recipe has), and of an accelerator. Where responses wait for slots chunks are shorter: a
+# slot whose response has ended waits for the chunk's end.
 PRESETS = {
     "small-batch": Shape(SMALL, 4096, 16, 1, 64, 128, 16),
     "large-batch": Shape(SMALL, 1024, 16, 8, 32, 128, 128),
-    "long-tail": Shape(SMALL, 1024, 512, 1, 32, 512, 64, tail_median=64),
+    "long-tail": Shape(SMALL, 1024, 512, 1, 32, 512, 64, tail_median=64, chunk=32),
     "qwen3-1.7b": Shape(QWEN3_1_7B, 151_936, 16, 8, 512, 512, 128),
 }
 
@@ -123,7 +125,7 @@ def bench_sample(
     *,
     preset: str,
     top_k: int,
-    chunk: int,
+    chunk: int | None,
     page_size: int,
     dtype: str,
     cache_dtype: str,
@@ -131,6 +133,8 @@ def bench_sample(
     data: int = 0,
 ) -> dict[str, Any]:
     """Tokens a second of a preset on random weights, as medians over `repeats` runs.
+
+    chunk: None for the preset's.
 
     All devices take part: `data` copies of the parameters (0: one on each device of a CPU, else
     one) share the slots.
@@ -144,6 +148,7 @@ def bench_sample(
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1")
     shape = PRESETS[preset]
+    shape = shape if chunk is None else replace(shape, chunk=chunk)
     config = DecoderConfig(vocab_size=shape.vocab, **shape.model, qk_norm=True, dtype=dtype)
     model = Model(config)
     mesh = mesh_of_copies(data)
@@ -163,7 +168,7 @@ def bench_sample(
     settings = EngineConfig(
         slots=shape.slots,
         max_context=whole,
-        chunk=chunk,
+        chunk=shape.chunk,
         page_size=page_size,
         prefill_buckets=(shape.prompt_length, whole),
         prefix_cache=False,  # the prompts of all runs are the same
@@ -208,8 +213,7 @@ def bench_sample(
         "preset": preset,
         "shape": vars(shape)
         | dict(
-            top_k=top_k, chunk=chunk, page_size=page_size, dtype=dtype, cache_dtype=cache_dtype,
-            tokens=tokens,
+            top_k=top_k, page_size=page_size, dtype=dtype, cache_dtype=cache_dtype, tokens=tokens
         ),
         "limit_seconds": floor,
         "peak_flops_per_second": max(peaks),

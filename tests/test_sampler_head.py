@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dppo_jax.kernels import drawing, streamed_sampler, tiles
-from dppo_jax.kernels.columns import GROUPED_FROM, top_k, top_k_by_groups
+from dppo_jax.kernels.columns import LONG, top_k, top_k_by_groups
 from dppo_jax.kernels.drawing import draw, inverse_cdf, numbers
 from dppo_jax.kernels.filters import Filters, threshold
 from dppo_jax.kernels.sampler import sample
@@ -130,7 +130,7 @@ def test_the_top_k_by_groups_is_the_top_k(seed, k, more, size, kind):
     jax.tree.map(np.testing.assert_array_equal, by_groups, tuple(whole))
 
 
-@pytest.mark.parametrize(("columns", "groups"), [(GROUPED_FROM, True), (GROUPED_FROM - 1, False)])
+@pytest.mark.parametrize(("columns", "groups"), [(5 * LONG, True), (5 * LONG - 1, False)])
 def test_long_rows_are_searched_by_groups_on_a_cpu(columns, groups):
     z = jnp.asarray(rows_of(0, 2, columns, "ties"))
     found, whole = top_k(z, 5), jax.lax.top_k(z, 5)

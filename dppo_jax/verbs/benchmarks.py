@@ -71,8 +71,11 @@ def add(verbs: Any) -> None:
         "preset", help="small-batch, large-batch, long-tail, or qwen3-1.7b (for an accelerator)"
     )
     sample.add_argument("--json", action="store_true", help="print one JSON object")
-    for flag, default in (("top-k", 20), ("chunk", 32), ("page-size", 32), ("repeats", 3)):
+    for flag, default in (("top-k", 20), ("page-size", 32), ("repeats", 3)):
         sample.add_argument(f"--{flag}", type=int, default=default, help=f"(default: {default})")
+    sample.add_argument(
+        "--chunk", type=int, help="tokens between two looks of the host (default: the preset's)"
+    )
     sample.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
     sample.add_argument(
         "--cache-dtype", default="model", help="model, bfloat16 or int8 (default: model)"
