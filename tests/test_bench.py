@@ -163,16 +163,16 @@ def test_bench_sample(dppo, monkeypatch):
     monkeypatch.setattr(bench, "PEAK_SIZE", 64)
     monkeypatch.setattr(bench_sample, "STREAM_BYTES", 2**16)
     model = dict(width=8, layers=1, heads=2, kv_heads=1, head_size=4, mlp_width=12)
-    tiny = bench_sample.Shape(model, 16, 12, 1, 4, 28, 4, tail_median=4)
+    tiny = bench_sample.Shape(model, 16, 12, 1, 4, 28, 4, tail_median=4, chunk=4)
     monkeypatch.setitem(bench_sample.PRESETS, "long-tail", tiny)
-    flags = ("--repeats", 1, "--top-k", 2, "--chunk", 4, "--page-size", 32)
+    flags = ("--repeats", 1, "--top-k", 2, "--page-size", 32)
     done = dppo("bench", "sample", "long-tail", "--json", *flags)
     assert done.status == 0, done.err
     result = json.loads(done.out)
     forms = result["forms"]
     assert set(forms) == {"recorded", "plain", "static"}
     lengths = bench_sample.tail_lengths(12, 4, 28)
-    assert result["shape"]["tokens"] == lengths.sum()
+    assert result["shape"]["tokens"] == lengths.sum() and result["shape"]["chunk"] == 4
     for form in forms.values():
         assert form["tokens_per_second"] == pytest.approx(lengths.sum() / form["seconds"])
         assert form["fraction_of_limit"] == pytest.approx(result["limit_seconds"] / form["seconds"])
