@@ -67,18 +67,18 @@ check_no_secret() { # what would end up in process lists
 
 # hardware NAME: v5p:4x4x4 or h100:16, as for `dppo plan`, into kind, topology, chips and hosts.
 hardware() {
-  local size dimensions=2
+  local size dimensions=2 example=4x4
   kind=${1%%:*} topology=${1#*:} chips=1
   case $kind in
-  v4 | v5p | 7x) dimensions=3 ;;
+  v4 | v5p | 7x) dimensions=3 example=4x4x4 ;;
   v5e | v6e) ;;
-  h100 | h200 | b200 | a100) dimensions=1 ;;
+  h100 | h200 | b200 | a100) dimensions=1 example=16 ;;
   *) fail "hardware '$1': v4, v5p, 7x, v5e or v6e with a topology, as v5p:4x4x4; or a100, h100," \
     "h200, b200 with a number of GPUs, as h100:16" ;;
   esac
-  [[ $1 == *:* && $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*)*$ ]] || fail "hardware '$1': $kind:SIZES"
   IFS=x read -ra sizes <<<"$topology"
-  ((${#sizes[@]} == dimensions)) || fail "hardware '$1': $kind has $dimensions sizes, as in 4x4x4"
+  [[ $1 == *:* && $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*)*$ ]] && ((${#sizes[@]} == dimensions)) ||
+    fail "hardware '$1': sizes as in $kind:$example"
   for size in "${sizes[@]}"; do chips=$((chips * size)); done
   per_host=4
   ((dimensions > 1)) || per_host=8

@@ -271,8 +271,9 @@ def test_tpu_vms():
     [
         (["gke.sh"], "give a recipe"),
         (["gke.sh", "nowhere.gin", *GKE[2:]], "recipe nowhere.gin does not exist"),
-        ([*GKE, "--on", "v5p:4x4"], "v5p has 3 sizes"),
+        ([*GKE, "--on", "v5p:4x4"], "sizes as in v5p:4x4x4"),
         ([*GKE, "--on", "v9:4"], "hardware 'v9:4'"),
+        ([*GKE, "--on", "h100:2x2"], "sizes as in h100:16"),
         ([*GKE, "--on", "h100:12"], "no whole hosts of 8"),
         ([*GKE, "--name", "A_b"], "name 'A_b'"),
         ([*GKE, "--slices", "0"], "--slices is '0'"),
