@@ -177,6 +177,8 @@ def test_bench_sample(dppo, monkeypatch):
         assert form["tokens_per_second"] == pytest.approx(lengths.sum() / form["seconds"])
         assert form["fraction_of_limit"] == pytest.approx(result["limit_seconds"] / form["seconds"])
     assert forms["static"]["slots_busy"] < forms["recorded"]["slots_busy"] <= 1
+    none = dppo("bench", "sample", "long-tail", "--chunk", 0)
+    assert none.status == 2 and none.err.strip() == "dppo: chunk=0 must be at least 1"
     assert dppo("bench", "sample", "nothing").err.strip().startswith("dppo: unknown preset")
 
 

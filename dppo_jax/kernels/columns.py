@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dppo_jax.kernels import tiles
 
-# On a CPU no groups are faster than those of 32 columns: the top 20 of 64 rows of 4,096 take 0.5 ms
-# by them and 1.1 at once, of 151,936 columns 7 and 21. Rows of 64 to 128 columns for each that is
-# looked for take as long either way.
-GROUP, LONG = 32, 128
+# On a CPU the top 20 of 64 rows of 4,096 columns take 0.5 ms by groups of 32 columns and 1.1 at
+# once, of 151,936 columns 7 and 21; by groups of 16 or 64 about as long as of 32. At once is no
+# slower where a row has fewer than 64 to 128 columns for each that is looked for.
+GROUP = 32
+LONG = 128  # columns of a row, for each that is looked for
 
 
 class Columns(NamedTuple):
